@@ -1,0 +1,52 @@
+"""A decision: which expert, blend or gated composite answers a prompt. Plain data, alike for all methods."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Kind = Literal["base", "select", "blend", "gate"]
+
+
+class Candidate(BaseModel):
+    """An expert that was considered, with the method's raw score (higher is better)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    expert: str
+    version: int
+    score: float
+
+
+class Weighted(BaseModel):
+    """An expert that answers, with its share of the answer in [0, 1]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    expert: str
+    id: str
+    weight: float = 1.0
+
+
+class Decision(BaseModel):
+    """What the router decided for one prompt.
+
+    `base` abstains (no experts); `select` names one expert; `blend` and `gate` name several.
+    `confidence` is in [0, 1]; `threshold` is the score under which the method abstains.
+    `timings` are milliseconds by stage (`encode`, `search`, `total`); `generation` is the registry's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(default_factory=lambda: f"dec-{uuid.uuid4().hex}")
+    method: str
+    kind: Kind
+    experts: tuple[Weighted, ...] = ()
+    confidence: float = 0.0
+    threshold: float | None = None
+    candidates: tuple[Candidate, ...] = ()
+    timings: dict[str, float] = Field(default_factory=dict)
+    generation: int = 0
+    reason: str = ""

@@ -1,0 +1,137 @@
+"""What a routing method is, and the code that all methods share: from scores to a decision."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from router.batching import Vector
+from router.decision import Candidate, Decision, Kind, Weighted
+from router.library import Library, Mask
+from router.taxonomy import Taxonomy
+
+Scores = NDArray[np.float64]
+
+
+class MethodSettings(BaseModel):
+    """A method's settings: small, frozen, strict."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Query:
+    """One prompt to route: its text, its embedding (dim,), and a mask (n,) of the experts it may use.
+
+    The vector is zero for methods that do not need one (`encodes` is false).
+    """
+
+    text: str
+    vector: Vector
+    among: Mask
+
+
+class Method(ABC):
+    """A routing method, fitted to one library. It never changes, so it serves while its successor is fitted.
+
+    A new method is one file with a subclass, one line in `router.methods`, one test file, one docs row.
+    """
+
+    taxonomy: ClassVar[Taxonomy]
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    kind: ClassVar[Kind] = "select"
+    encodes: ClassVar[bool] = True
+
+    # (n,) the score under which an expert does not answer, None for methods that never abstain.
+    thresholds: Scores | None = None
+    # Scores divided by the temperature are log-odds.
+    temperature: float = 1.0
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, library: Library, settings: MethodSettings, previous: Self | None = None) -> Self:
+        """The method for this library; `previous` was fitted with the same settings and may lend its work."""
+
+    @abstractmethod
+    def score(self, query: Query) -> Scores:
+        """(n,) one score per expert of the library, higher is better; -inf for those it does not consider."""
+
+    def choose(self, scores: Scores, ranked: Sequence[int]) -> list[tuple[int, float]]:
+        """Who answers with which weight; `ranked` are the considered experts, best first, never empty."""
+        return [(ranked[0], 1.0)]
+
+
+def decide(name: str, method: Method, library: Library, query: Query, limit: int | None = None) -> Decision:
+    """Score, rank, then abstain or choose. Lists the best `limit` candidates, None all that were scored.
+
+    Ties go to the first name. Scores that are not finite, and experts outside `query.among`, do not count.
+    """
+    if not np.isfinite(query.vector).all():
+        return abstain(name, library, "the prompt's embedding is not finite")
+    if not query.among.any():
+        return abstain(name, library, "no expert is available")
+    scores = method.score(query)  # (n,)
+    scores = np.where(query.among & np.isfinite(scores), scores, -np.inf)
+    order = np.argsort(-scores, kind="stable")  # experts stand in name order
+    ranked: list[int] = order[: np.isfinite(scores).sum()].tolist()
+    if not ranked:
+        return abstain(name, library, "no expert could be scored")
+
+    best = float(scores[ranked[0]])
+    threshold = None if method.thresholds is None else float(method.thresholds[ranked[0]])
+    options = scores[ranked] if threshold is None else np.append(scores[ranked], threshold)
+    certainty = confidence(options, method.temperature)
+    experts = library.experts
+    candidates = tuple(
+        Candidate(expert=experts[k].name, version=experts[k].version, score=float(scores[k])) for k in ranked[:limit]
+    )
+    if threshold is not None and best < threshold:
+        why = f"best score {best:.3f} is under the threshold {threshold:.3f}"
+        return abstain(name, library, why, certainty, threshold, candidates)
+    chosen = [
+        Weighted(expert=experts[k].name, id=experts[k].id, weight=weight) for k, weight in method.choose(scores, ranked)
+    ]
+    return Decision(
+        method=name,
+        kind=method.kind,
+        experts=tuple(chosen),
+        confidence=certainty,
+        threshold=threshold,
+        candidates=candidates,
+        generation=library.generation,
+    )
+
+
+def confidence(scores: Scores, temperature: float) -> float:
+    """Probability of the largest of these scores (n,) in a softmax at a temperature, in [0, 1].
+
+    The base model takes part with the threshold as its score, so that whatever is decided, expert or
+    abstention, has the largest: at the threshold both are equally probable.
+    """
+    return float(1 / np.exp((scores - scores.max()) / temperature).sum())
+
+
+def abstain(
+    name: str,
+    library: Library,
+    reason: str,
+    certainty: float = 1.0,
+    threshold: float | None = None,
+    candidates: tuple[Candidate, ...] = (),
+) -> Decision:
+    """The base model answers, for this reason."""
+    return Decision(
+        method=name,
+        kind="base",
+        confidence=certainty,
+        threshold=threshold,
+        candidates=candidates,
+        generation=library.generation,
+        reason=reason,
+    )

@@ -1,0 +1,34 @@
+"""The routing methods, under the names that `auto:<method>` uses."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from router.method import Method
+from router.methods.base import Base
+from router.methods.random import Random
+from router.methods.retrieval import Retrieval
+from router.taxonomy import Reference, Taxonomy
+
+METHODS: dict[str, type[Method]] = {
+    "retrieval": Retrieval,
+    "random": Random,
+    "base": Base,
+}
+
+
+def methods_table() -> str:
+    """What every method declares about itself, as a Markdown table: one row to a method."""
+    columns = [field.name for field in fields(Taxonomy)]
+    rows = [["method", *(column.replace("_", " ") for column in columns)], ["---"] * (len(columns) + 1)]
+    rows += [
+        [f"`{name}`", *(_cell(getattr(method.taxonomy, column)) for column in columns)]
+        for name, method in METHODS.items()
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(value: str | Reference | None) -> str:
+    if isinstance(value, Reference):
+        return f"[{value.title}]({value.url})"
+    return value or ""

@@ -1,0 +1,174 @@
+"""Configuration: one YAML file, then `MOERGE_*` variables, then command-line options; strict, validated at start-up.
+
+`MOERGE_ENGINE__SLOTS=4` sets `engine: {slots: 4}`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+
+from router.router import RouterSettings
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelSettings(Section):
+    """The one model that every expert adapts."""
+
+    path: str = Field(description="Folder or Hub id of the base model.")
+    name: str | None = Field(None, description="What the API calls it; the path when not given.")
+    revision: str | None = Field(None, description="Hub revision.")
+    aliases: tuple[str, ...] = Field((), description="Other ids under which adapters may declare this base.")
+
+    @property
+    def served_name(self) -> str:
+        return self.name or self.path.rstrip("/").rsplit("/", 1)[-1]
+
+
+class ServerSettings(Section):
+    """The HTTP service."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; anything but loopback needs an API key.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    max_body_mb: float = Field(16, gt=0, description="Largest request body; uploads of adapters have their own limit.")
+    max_upload_mb: float = Field(2048, gt=0, description="Largest uploaded adapter.")
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Host names that requests may carry, beside loopback ones; empty: any, once there are keys.",
+    )
+
+    @property
+    def loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+class EngineSettings(Section):
+    """The embedded vLLM."""
+
+    slots: int = Field(8, ge=1, description="Experts in one batch (vLLM's max_loras).")
+    resident: int = Field(64, ge=1, description="Experts kept loaded; least recently used ones go (max_cpu_loras).")
+    max_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = Field(64, description="Largest adapter rank served.")
+    max_model_len: int | None = Field(None, ge=1, description="Context length; the model's own when not given.")
+    dtype: str = Field("auto", description="Weights' type: auto, float32, bfloat16, float16.")
+    enforce_eager: bool = Field(True, description="No CUDA graphs or compilation: quick starts, slower on a GPU.")
+    target_modules: tuple[str, ...] = Field(
+        (
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+            "qkv_proj",
+            "gate_up_proj",
+        ),
+        description="Linear modules that adapters may change.",
+    )
+    vllm: dict[str, Any] = Field(default_factory=dict, description="Any other `vllm serve` option, by its name.")
+
+    @field_validator("resident")
+    @classmethod
+    def _at_least_slots(cls, value: int, info: Any) -> int:
+        return max(value, int(info.data.get("slots", 1)))
+
+
+class RouterSection(RouterSettings):
+    """How prompts find experts: the router's own settings and the encoder they are for."""
+
+    encoder: str | None = Field(None, description="sentence-transformers model; the packaged MiniLM when not given.")
+    encoder_threads: int = Field(1, ge=1, description="Threads that encode prompts.")
+
+
+class RegistrySettings(Section):
+    """Where experts are kept and what is accepted."""
+
+    data_dir: Path = Field(
+        default_factory=lambda: platformdirs.user_data_path("moerge"),
+        description="Folder of adapters and database.",
+    )
+    database_url: SecretStr | None = Field(None, description="PostgreSQL URL; SQLite in data_dir when not given.")
+    import_dirs: tuple[Path, ...] = Field((), description="Folders from which clients may register by path.")
+    max_adapter_mb: float = Field(2048, gt=0, description="Largest adapter, wherever it comes from.")
+    min_effect: float = Field(
+        1e-3, ge=0, description="Least change of a next-token log-probability on its own samples (nats)."
+    )
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="MOERGE_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+    )
+
+    manifest: Path | None = Field(None, description="Base model and experts to serve, in one file.")
+    base_model: BaseModelSettings | None = None
+    server: ServerSettings = ServerSettings()
+    engine: EngineSettings = EngineSettings()
+    router: RouterSection = RouterSection()
+    registry: RegistrySettings = RegistrySettings()
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of Moerge's own log lines.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names every field that is wrong."""
+
+
+def load_settings(file: Path | None = None, options: Mapping[str, Any] | None = None) -> Settings:
+    """Options over the environment over the file; options that are None count as not given.
+
+    Raises ConfigError, one line for each thing that is wrong.
+    """
+    if file is not None and not file.is_file():
+        raise ConfigError(f"{file}: no such file.")
+
+    class Sourced(Settings):
+        model_config = SettingsConfigDict(yaml_file=file)
+
+    try:
+        return Sourced(**_given(options or {}))
+    except ValidationError as error:
+        where = str(file) if file else "configuration"
+        lines = [f"{where}: {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError, SettingsError) as error:
+        raise ConfigError(f"{file or 'configuration'}: {error}") from error
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {key: _given(value) if isinstance(value, Mapping) else value for key, value in options.items()}
+    return {key: value for key, value in nested.items() if value is not None and value != {}}

@@ -1,0 +1,1 @@
+"""HTTP endpoints of Moerge's own, one file for each noun."""

@@ -1,0 +1,21 @@
+"""Prometheus metrics `moerge_*`; vLLM's own stand beside them in the same registry."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+REQUESTS = Counter("moerge_requests", "Inference requests", ["policy", "kind", "status"])
+SELECTED = Counter("moerge_expert_requests", "Requests that an expert answered", ["expert"])
+ROUTE_SECONDS = Histogram(
+    "moerge_route_seconds",
+    "Time to a decision",
+    ["method"],
+    buckets=(0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024),
+)
+FALLBACKS = Counter("moerge_fallbacks", "Decisions served by the base model because an expert did not load", ["expert"])
+REGISTRATIONS = Counter("moerge_registrations", "Registrations by outcome", ["outcome"])
+EXPERTS = Gauge("moerge_experts", "Active experts")
+RESIDENT = Gauge("moerge_resident_adapters", "Adapters loaded in the engine")
+LOADS = Gauge("moerge_adapter_loads", "Adapters loaded into the engine since the start")
+GENERATION = Gauge("moerge_registry_generation", "The registry generation that the router serves")
+READY = Gauge("moerge_ready", "1 when requests are answered")

@@ -1,0 +1,173 @@
+"""From a proposal to an expert in service: fetch, validate, try it on the engine, embed its samples, commit.
+
+Whole or absent: nothing is registered before the last step, which is one transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+
+from adapters_registry.errors import ExpertRefused, Reason, RegistryError, SameContent
+from adapters_registry.expert import Check, Expert, State
+from adapters_registry.proposal import HubSource, Proposal
+from adapters_registry.prototypes import prototypes_of
+from serving import metrics
+from serving.engine import AdapterLoadFailed, EngineUnavailable
+from serving.service import Service
+
+#: Told of every stage (fetch, validate, store, try, embed, done) with a fraction in [0, 1].
+Progress = Callable[[str, float], None]
+
+#: Samples that the behaviour check asks, characters read of each, and tokens it compares.
+PROBES, PROBE_CHARS, PROBE_TOKENS = 4, 500, 8
+#: What the check asks of an expert that came without samples.
+NEUTRAL = ("Hello, who are you?", "Write one sentence about the sea.", "2 + 2 =", "Name three colours.")
+
+
+async def register(service: Service, proposal: Proposal, progress: Progress, *, stage: bool = False) -> Expert:
+    """Register an expert; unless staged or quarantined, the next request can be routed to it.
+
+    With `stage` the version is kept aside, to be promoted later. An adapter that changes nothing is quarantined.
+    Raises ExpertRefused with every reason, SourceError, StoreFull, EngineUnavailable.
+    """
+    outcome = "failed"
+    try:
+        if service.failure is not None:
+            raise EngineUnavailable(service.failure)
+        prepared = await asyncio.to_thread(service.registry.prepare, proposal, progress)
+        try:
+            progress("try", 0.0)
+            check = await behaviour(service, prepared.expert)
+            progress("embed", 0.0)
+            prototypes = await asyncio.to_thread(prototypes_of, prepared.expert, service.router.embed)
+            state = State.QUARANTINED if not check.passed else State.STAGED if stage else State.ACTIVE
+            expert = await asyncio.to_thread(
+                service.registry.commit,
+                prepared,
+                state=state,
+                checks=[check],
+                reasons=[] if check.passed else [check.detail],
+                prototypes={service.router.encoder_id: prototypes},
+            )
+        except BaseException:
+            await service.residency.release(prepared.expert.id)
+            raise
+        finally:
+            await asyncio.to_thread(prepared.close)
+        await service.refresh()
+        if state is not State.ACTIVE:
+            await service.residency.release(expert.id)
+        outcome = state.value
+        progress("done", 1.0)
+        return expert
+    except ExpertRefused:
+        outcome = "refused"
+        raise
+    finally:
+        metrics.REGISTRATIONS.labels(outcome).inc()
+
+
+async def sync_manifest(
+    service: Service, proposals: Sequence[Proposal], tell: Callable[[int, Proposal, str], None]
+) -> None:
+    """Register what a manifest lists and the registry does not have; new content becomes a new version.
+
+    `tell(position, proposal, outcome)` is told of each. An expert that is refused does not stop the others.
+    """
+    for position, proposal in enumerate(proposals, start=1):
+        active = service.active(proposal.name)
+        if active is not None and has_source(active, proposal):
+            outcome = "kept"
+        else:
+            try:
+                expert = await register(service, proposal.model_copy(update={"new_version": True}), lambda *_: None)
+                outcome = expert.state.value
+            except ExpertRefused as error:
+                outcome = "kept" if same_content(error) is not None else str(error)
+            except RegistryError as error:
+                outcome = str(error)
+        if outcome == "kept" and active is not None and active.samples != proposal.samples:
+            update = service.registry.update
+            await asyncio.to_thread(update, active.name, samples=proposal.samples, description=proposal.description)
+        tell(position, proposal, outcome)
+    await service.refresh()
+
+
+def same_content(error: ExpertRefused) -> SameContent | None:
+    """The version of the refused name that has this very content, when that is all there is against it."""
+    match error.reasons:
+        case (SameContent(expert=name) as same,) if name == error.name:
+            return same
+    return None
+
+
+def has_source(expert: Expert, proposal: Proposal) -> bool:
+    """A Hub repository is looked at again only when the manifest asks for another revision of it."""
+    source = proposal.source
+    if not isinstance(source, HubSource):
+        return False
+    origin, _, subfolder = expert.source.partition("#")
+    wanted = f"hub:{source.repo}@{source.revision or ''}"
+    return origin.startswith(wanted) and subfolder == (source.subfolder or "").strip("/")
+
+
+async def behaviour(service: Service, expert: Expert) -> Check:
+    """Does the adapter change what the base model says on the expert's own samples?
+
+    The figure is the largest change of a next-token log-probability (nats) over a few samples and tokens, as far
+    as both say the same. Raises ExpertRefused when the engine does not take the adapter.
+    """
+    prompts = [sample.prompt[:PROBE_CHARS] for sample in expert.samples[:PROBES]] or list(NEUTRAL)
+    adapter, limit = service.adapter(expert), service.settings.registry.min_effect
+    try:
+        async with service.residency.lease(adapter):
+            models = (service.engine.base_model, adapter.name)
+            asked = [ask(service, model, prompt) for prompt in prompts for model in models]
+            answers = await asyncio.gather(*asked)
+    except AdapterLoadFailed as error:
+        raise ExpertRefused(expert.name, [Reason("engine_refused", str(error))]) from error
+    effect = max(difference(base, tried) for base, tried in zip(answers[::2], answers[1::2], strict=True))
+    detail = f"changes next-token log-probabilities by up to {effect:.3g} nats on {len(prompts)} prompts"
+    if not (passed := math.isfinite(effect) and effect >= limit):
+        detail += f"; at least {limit:g} is expected of an adapter that does something"
+    value = effect if math.isfinite(effect) else None  # databases have no NaN
+    return Check(name="behaviour", passed=passed, value=value, limit=limit, detail=detail)
+
+
+Step = tuple[str, dict[str, float]]
+
+
+async def ask(service: Service, model: str, prompt: str) -> list[Step]:
+    """Greedy continuation: (token, log-probabilities of the likeliest tokens) for each step."""
+    transport = httpx.ASGITransport(app=service.engine.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=None) as client:  # noqa: S113
+        body = {"model": model, "prompt": prompt, "max_tokens": PROBE_TOKENS, "temperature": 0, "logprobs": 5}
+        response = await client.post("/v1/completions", json=body)
+    if response.status_code >= 500:
+        raise EngineUnavailable(f"The engine could not answer the behaviour check: {response.text:.300}")
+    if response.status_code >= 400:
+        return []  # this prompt does not suit the model (too long, say); the others decide
+    logprobs: dict[str, Any] = response.json()["choices"][0]["logprobs"]
+    return list(zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
+
+
+def difference(base: list[Step], tried: list[Step]) -> float:
+    """Largest difference of log-probabilities up to and including the first step where the answers part.
+
+    NaN when a figure is not a number, so that broken adapters do not pass.
+    """
+    largest = 0.0
+    for (token, before), (other, after) in zip(base, tried, strict=False):
+        for each in before.keys() & after.keys():
+            change = abs(before[each] - after[each])
+            largest = change if math.isnan(change) else max(largest, change)
+            if math.isnan(largest):
+                return largest
+        if token != other:
+            return max(largest, abs(before[token] - after.get(token, min(after.values(), default=0.0))))
+    return largest

@@ -1,0 +1,198 @@
+"""Everything a running server shares: registry, router, engine, and what keeps them in step."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from adapters_registry.errors import ExpertNotFound, RegistryError
+from adapters_registry.expert import Expert
+from adapters_registry.registry import Registry
+from router.router import Router
+from serving import metrics
+from serving.auth import Authenticator
+from serving.config import Settings
+from serving.engine import Adapter, Engine
+from serving.residency import Residency
+
+logger = logging.getLogger("moerge")
+
+T = TypeVar("T")
+
+#: How often changes by other processes are looked for, and the engine's health (seconds).
+WATCH = 1.0
+#: How long a version that left the registry can still answer what was decided before (seconds).
+GRACE = 30.0
+#: Longest pause between two attempts to restart a dead engine (seconds).
+LONGEST_PAUSE = 60.0
+
+
+class Service:
+    """Built at the edge and passed inwards: `Service(settings, registry, router, engine)`."""
+
+    def __init__(self, settings: Settings, registry: Registry, router: Router, engine: Engine) -> None:
+        self.settings = settings
+        self.registry = registry
+        self.router = router
+        self.engine = engine
+        self.residency = Residency(engine, settings.engine.resident)
+        self.authenticator = Authenticator(registry.keys, always=not settings.server.loopback)
+        self.failure: str | None = "The engine is still starting; try again in a few seconds."
+        self.preparing: str | None = "The experts are being registered."
+        self.generation = -1
+        self._active: dict[str, Expert] = {}
+        self._by_id: dict[str, Expert] = {}  # the active ones, and those that left within GRACE
+        self._left: dict[str, float] = {}  # id -> when it left
+        self._refreshing = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._work: set[asyncio.Task[Any]] = set()
+
+    def start(self, warm_up: Callable[[], Awaitable[object]], on_fatal: Callable[[Exception], object]) -> None:
+        """Begin to serve: the engine comes up behind `/ready` while `/health` answers already.
+
+        `warm_up` runs once the engine answers, before the server calls itself ready; `on_fatal` is told when
+        the first start fails.
+        """
+        self._tasks = [
+            asyncio.create_task(self._run_engine(warm_up, on_fatal)),
+            asyncio.create_task(self._watch()),
+        ]
+
+    async def stop(self) -> None:
+        await asyncio.gather(*self._work, return_exceptions=True)  # registrations finish: whole or absent
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.engine.stop()
+        self.router.close()
+        await asyncio.to_thread(self.registry.close)
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run to the end even when whoever asked goes away; `stop` waits for it."""
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._work.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen: whoever asked is told, or has gone away
+
+    # What answers
+
+    def active(self, name: str) -> Expert | None:
+        """The active version of a name, from the snapshot that is being served."""
+        return self._active.get(name)
+
+    def expert(self, expert_id: str) -> Expert:
+        """An expert of the served snapshot by id. Raises ExpertNotFound when it was just taken away."""
+        try:
+            return self._by_id[expert_id]
+        except KeyError:
+            raise ExpertNotFound(expert_id.partition("@")[0]) from None
+
+    def experts(self, tenant: str | None) -> list[Expert]:
+        return [expert for expert in self._active.values() if expert.visible_to(tenant)]
+
+    def knows(self, model: str, tenant: str | None) -> bool:
+        """Whether this tenant can name `model` itself: the base model, or an expert that it may see."""
+        expert = self.active(model)
+        return model == self.engine.base_model or (expert is not None and expert.visible_to(tenant))
+
+    @staticmethod
+    def adapter(expert: Expert) -> Adapter:
+        return Adapter(name=expert.id, path=expert.path, shown=expert.name, digest=expert.digest)
+
+    # Keeping in step
+
+    async def refresh(self) -> None:
+        """Serve the registry as it is now; requests in flight finish with what they were decided on."""
+        async with self._refreshing:
+            generation, experts = await asyncio.to_thread(self._refit)
+            active = {expert.id: expert for expert in experts}
+            now = time.monotonic()
+            self._left = {key: self._left.get(key, now) for key in self._by_id if key not in active}
+            self._by_id = {**self._by_id, **active}
+            self._active = {expert.name: expert for expert in experts}
+            self.generation = generation
+        metrics.EXPERTS.set(len(self._active))
+        metrics.GENERATION.set(self.generation)
+
+    def _refit(self) -> tuple[int, list[Expert]]:
+        """Fit the router to the registry: its generation and its active experts. Blocks."""
+        generation = self.registry.generation()
+        experts = self.registry.experts()
+        known = self.registry.prototypes(self.router.encoder_id)
+        library = self.router.refresh(experts, generation, prototypes=known)
+        for expert, vectors in zip(library.experts, library.prototypes, strict=True):
+            if expert.id not in known and len(vectors):
+                with contextlib.suppress(RegistryError):  # changed meanwhile: the next refresh sees it
+                    self.registry.set_prototypes(expert.name, expert.version, self.router.encoder_id, vectors)
+        return generation, experts
+
+    async def _clear(self) -> None:
+        """Unload what left longer than GRACE ago, and delete the files that nobody needs any more."""
+        late = [key for key, when in self._left.items() if time.monotonic() - when > GRACE]
+        for key in late:
+            del self._left[key]
+            del self._by_id[key]
+            await self.residency.release(key)
+        if late:
+            needed = {self._by_id[key].digest for key in self._left} | self.residency.digests()
+            await asyncio.to_thread(self.registry.collect, needed)
+
+    async def _watch(self) -> None:
+        """Follow changes that other processes make to the registry."""
+        while True:
+            await asyncio.sleep(WATCH)
+            try:
+                if await asyncio.to_thread(self.registry.generation) != self.generation:
+                    await self.refresh()
+                await self._clear()
+            except Exception:
+                logger.exception("The registry could not be followed; the last known experts are served.")
+            metrics.RESIDENT.set(len(self.engine.loaded()))
+            metrics.LOADS.set(self.residency.loads)
+
+    # The engine's life
+
+    async def _run_engine(
+        self, warm_up: Callable[[], Awaitable[object]], on_fatal: Callable[[Exception], object]
+    ) -> None:
+        """Start the engine, and start it again whenever it dies. Only a failure of the first start is fatal."""
+        try:
+            await self.engine.start()
+            await self.refresh()
+            self.failure = None
+            await warm_up()
+        except Exception as error:
+            self.failure = f"The engine did not start: {error}"
+            on_fatal(error)
+            return
+        self.preparing = None
+        while True:
+            metrics.READY.set(1)
+            while (trouble := await self.engine.health()) is None:
+                await asyncio.sleep(WATCH)
+            metrics.READY.set(0)
+            self.failure = f"{trouble} It is being restarted."
+            logger.error(self.failure)
+            await self._restart_engine()
+
+    async def _restart_engine(self) -> None:
+        pause = WATCH
+        while self.failure is not None:
+            try:
+                await self.engine.stop()
+                await self.engine.start()
+                self.failure = None
+                logger.warning("The engine is back.")
+            except Exception as error:
+                logger.error("The engine did not start again: %s. Next try in %.0f s.", error, pause)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)

@@ -1,0 +1,89 @@
+"""One real server for all of this folder: `moerge serve` on the quickstart testbed, 16 experts on 4 slots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from serving.bench import served
+
+TESTBED = Path(__file__).parents[3] / "eval" / "testbed" / "data"
+SLOTS = 4
+#: Tools as a user would switch them on; so small a model would fill any white space that JSON allows.
+VLLM = {
+    "enable_auto_tool_choice": True,
+    "tool_call_parser": "hermes",
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+OPTIONS = ("--slots", str(SLOTS), "--max-rank", "16")
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@dataclass
+class Testbed:
+    """The shipped prompts by expert, and which experts are told apart by their instructions."""
+
+    folder: Path
+    tests: dict[str, list[dict[str, str]]]
+    instruction_told: frozenset[str]
+
+    __test__ = False
+
+
+@pytest.fixture(scope="session")
+def testbed() -> Testbed:
+    from adapters_registry.manifest import read_manifest
+
+    proposals = read_manifest(TESTBED / "manifest.yaml").proposals
+    tests = {each.name: rows(TESTBED / "test" / f"{each.name}.jsonl") for each in proposals}
+    told = frozenset(each.name for each in proposals if "instruction-told" in (each.tags or ()))
+    return Testbed(TESTBED, tests, told)
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    startup_s: float
+    folder: Path
+    http: httpx.Client
+    openai: openai.OpenAI
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """This server's processes with `name` in their command line or title."""
+        ours = psutil.Process(os.getpid()).children(recursive=True)
+        return [each for each in ours if name in " ".join(each.cmdline()) or name in each.name()]
+
+
+@pytest.fixture(scope="session")
+def server(testbed: Testbed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("server")
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # for the server's start only: other tests read the environment
+            patch.setenv("MOERGE_ENGINE__RESIDENT", "6")  # fewer than the experts, so that they come and go
+            patch.setenv("MOERGE_ENGINE__VLLM", json.dumps(VLLM))
+            url, seconds = stack.enter_context(served(testbed.folder / "manifest.yaml", folder, *OPTIONS))
+        http = stack.enter_context(httpx.Client(base_url=url, timeout=120))
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        yield Served(url, seconds, folder, http, client)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield

@@ -45,7 +45,7 @@ def register(folder, kill_at):
         with registry.prepare(Proposal(name=folder.name, source=source, allow_base_mismatch=True)) as prepared:
             registry.commit(prepared, state=State.ACTIVE, prototypes={"minilm": [[1.0]]})
         sys.setprofile(None)
-    if 0 < count < kill_at:  # the number of calls differs a little from run to run: the last points die here, right after
+    if 0 < count < kill_at:  # a run may take fewer calls than the first one did: then it dies right after
         os.kill(os.getpid(), signal.SIGKILL)
     return count
 

@@ -1,4 +1,4 @@
-"""The tables. A name points to immutable versions; prototypes hang on a version."""
+"""The tables. A name points to immutable versions; prototypes and tensors hang on a version."""
 
 from __future__ import annotations
 
@@ -89,6 +89,8 @@ class VersionRow(Table):
 
     expert: Mapped[ExpertRow] = relationship(back_populates="versions", lazy="joined", innerjoin=True)
     prototypes: Mapped[list[PrototypeRow]] = relationship(cascade="all, delete-orphan")
+    # Megabytes: the database deletes them with their version, nothing loads them for that.
+    tensors: Mapped[list[TensorsRow]] = relationship(cascade="all, delete-orphan", passive_deletes=True)
 
 
 class PrototypeRow(Table):
@@ -100,6 +102,16 @@ class PrototypeRow(Table):
     encoder: Mapped[str] = mapped_column(primary_key=True)
     rows: Mapped[int]
     columns: Mapped[int]
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class TensorsRow(Table):
+    """Tensors kept with a version under a key: safetensors bytes, as `adapters_registry.tensors` packs them."""
+
+    __tablename__ = "tensors"
+
+    version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
     data: Mapped[bytes] = mapped_column(LargeBinary)
 
 

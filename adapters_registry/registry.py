@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.orm import Session
 
@@ -37,13 +37,12 @@ from adapters_registry.expert import Check, Expert, Frozen, Sample, State, Visib
 from adapters_registry.hub import Hub
 from adapters_registry.keys import ApiKeys
 from adapters_registry.lora import CARD
-from adapters_registry.models import EventRow, ExpertRow, GenerationRow, PrototypeRow, VersionRow
+from adapters_registry.models import EventRow, ExpertRow, GenerationRow, PrototypeRow, TensorsRow, VersionRow
 from adapters_registry.proposal import Details, Proposal
 from adapters_registry.sources import Progress, fetch
 from adapters_registry.store import Staged, Store
+from adapters_registry.tensors import FloatArray, pack, unpack
 from adapters_registry.validate import AdapterInfo, Limits, examine, name_reasons
-
-FloatArray = NDArray[np.float32]
 
 RESERVED = ("auto",)
 
@@ -469,6 +468,44 @@ class Registry:
             new.version_id = self._version(self._row(change.session, name, None), version).id
             change.session.merge(new)
             change.record("prototypes", name, version, encoder=encoder)
+
+    # Tensors
+
+    def tensors(
+        self, name: str, version: int | None, key: str, tenant: str | None = None
+    ) -> dict[str, FloatArray] | None:
+        """What is kept with a version (None: the active one) under a key, by tensor name; None when nothing is.
+
+        Raises ExpertNotFound, VersionNotFound.
+        """
+        with self._session() as session:
+            row = self._version(self._row(session, name, tenant), version)
+            kept = session.get(TensorsRow, (row.id, key))
+            return None if kept is None else unpack(kept.data)
+
+    def tensor_keys(self, name: str, version: int | None = None, tenant: str | None = None) -> list[str]:
+        """The keys under which a version (by default the active one) keeps tensors, sorted."""
+        with self._session() as session:
+            row = self._version(self._row(session, name, tenant), version)
+            query = select(TensorsRow.key).where(TensorsRow.version_id == row.id)
+            return sorted(session.scalars(query))
+
+    def set_tensors(
+        self, name: str, version: int | None, key: str, tensors: Mapping[str, ArrayLike], *, tenant: str | None = None
+    ) -> None:
+        """Keep float32 tensors with a version under a key, in place of those there; all of them or none.
+
+        Writing what is there already changes nothing, the generation included. They go with their version.
+        Raises as `get` does, NotOwner, and ValueError for what cannot be stored (`adapters_registry.tensors`).
+        """
+        data = pack(key, tensors)
+        with self._change(tenant) as change:
+            session = change.session
+            row = self._version(self._owned(session, name, tenant), version)
+            kept = session.get(TensorsRow, (row.id, key))
+            if kept is None or kept.data != data:
+                session.merge(TensorsRow(version_id=row.id, key=key, data=data))
+                change.record("tensors", name, row.number, key=key, tensors=len(tensors))
 
     # Inside
 

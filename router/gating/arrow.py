@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from router.gating.gate import Gate, Step, Table, first_rows
+from router.gating.gate import ScoreGate, Step, Table
 from router.gating.layout import Form
 from router.taxonomy import Reference, Taxonomy
 
 
-class Arrow(Gate):
+class Arrow(ScoreGate):
     """s_k = |v_k . x| with v_k the first right singular vector of B_k A_k, whose sign is arbitrary (section 3.2).
 
     In unit form a block's first row is v_k itself. PEFT and the paper ignore the adapter's scale s_k here.
@@ -29,7 +29,8 @@ class Arrow(Gate):
         user_data="zero-shot",
         reference=Reference(title="Arrow (Ostapenko et al. 2024)", url="https://arxiv.org/abs/2405.11157"),
     )
-    form: ClassVar[Form] = "unit"
+    name: ClassVar[str] = "arrow"
+    form: Form = "unit"
 
     def score(self, z: Tensor, table: Table, step: Step) -> Tensor:
-        return first_rows(z, self.layout).abs()
+        return self.blocks.first_rows(z).abs()

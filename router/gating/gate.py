@@ -9,32 +9,43 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from router.gating.blocks import Blocks, mean_over_modules
 from router.gating.layout import Form, Layout
 from router.taxonomy import Taxonomy
 
 Normalise = Literal["none", "rms", "unit", "zscore"]
+TINY = 1e-12  # a length or deviation under this is taken for it, so that a zero input has scores of zero
 
 
-class GateSettings(BaseModel):
-    """top_k        experts that answer a token; None: all members
+class Settings(BaseModel):
+    """A gate without settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GateSettings(Settings):
+    """What every gate that scores experts has.
+
+    top_k        experts that answer a token; None: all members
     temperature  of the softmax over scores
     normalise    none:   the score as published
                  unit:   divided by the length of x;  rms: divided by the root mean square of x
                  zscore: (score - mean) / deviation, measured over neutral prompts for each expert and module
+    centred      score x - m instead of x, with m the module's mean input over neutral prompts
     shared       one set of weights for modules that share an input (q, k, v; gate, up), from their mean score
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     top_k: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     normalise: Normalise = "none"
+    centred: bool = False
     shared: bool = False
 
 
@@ -59,14 +70,24 @@ class Table:
     deviation: Tensor | None = None
     centre: Tensor | None = None
 
+    @cached_property
+    def absent(self) -> Tensor | None:
+        """(n, K) bool, which experts do not adapt which module; None when all do."""
+        return None if self.present is None else ~self.present
+
+    @cached_property
+    def loudest(self) -> Tensor:
+        """(n, K) s * sigma_1: by how much an expert amplifies its prototype."""
+        assert self.scale is not None
+        return self.scale[:, list(self.layout.starts)]
+
 
 class Evidence(Protocol):
     """Running evidence of the requests in a step, for gates that carry state."""
 
     def add(self, index: int, score: Tensor) -> Tensor:
-        """`score (t, K)` of group `index`, -> (t, K): the request's prior plus the scores of this and earlier
-        tokens in this and earlier groups. Causal in both, so the answer does not depend on how a request is cut
-        into steps.
+        """`score (t, K)` of group `index`, -> (t, K): the scores of this and earlier tokens of the request in this
+        and earlier groups. Causal in both, so the answer does not depend on how a request is cut into steps.
         """
         ...
 
@@ -88,6 +109,12 @@ class Step:
     evidence: Evidence | None = None
     d_in: int = 1
 
+    @cached_property
+    def log_prior(self) -> Tensor:
+        """(t, K) logarithm of the weights that a request brought along, 0 without: uniform."""
+        assert self.given is not None
+        return torch.where(self.given.isnan(), 0.0, self.given.log())
+
 
 NOTHING = Step()
 
@@ -96,92 +123,98 @@ class Gate(ABC):
     """A gate of one composite. It has no state of its own, so one instance serves all modules and threads.
 
     A new gate is one file with a subclass, one line in `router.gating`, one test, one docs row.
+    What depends on the settings (`form`, `needs_scale`) is set by `__init__`; the class says what holds by default.
     """
 
     taxonomy: ClassVar[Taxonomy]
-    Settings: ClassVar[type[GateSettings]] = GateSettings
-    form: ClassVar[Form] = "scaled"
-    extra: ClassVar[bool] = False  # needs one extra row for each expert
-    needs_scale: ClassVar[bool] = False  # needs Table.scale
-    needs_spread: ClassVar[bool] = False
+    Settings: ClassVar[type[Settings]] = Settings
+    form: Form = "scaled"
+    extra: ClassVar[bool] = False  # needs one extra row for each expert, from a vector stored under the gate's name
+    needs_scale: bool = False  # needs Table.scale
+    needs_length: bool = False  # needs Step.length
+    needs_spread: bool = False  # needs Step.spread
     stateful: ClassVar[bool] = False  # needs Step.evidence
+    takes_weights: ClassVar[bool] = False  # reads Step.given: a request may bring weights along
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         self.layout = layout
-        self.settings = self.Settings.model_validate(layout.settings)
-        self.k = min(self.settings.top_k or len(layout.members), len(layout.members))
-        self.needs_length = self.settings.normalise in ("unit", "rms")
+        self.blocks = Blocks(layout.blocks, device)
+        self.settings: Any = self.Settings.model_validate(layout.settings)
+
+    @classmethod
+    def row(cls, vector: Tensor) -> Tensor:
+        """The extra row (d_in,) that A gets for an expert's stored vector (d_in,)."""
+        raise NotImplementedError(f"{cls.__name__} has no extra rows")
 
     @abstractmethod
-    def score(self, z: Tensor, table: Table, step: Step) -> Tensor:
-        """(t, n, R) -> (t, n, K) one raw score per expert, higher is better."""
-
-    def weigh(self, scores: Tensor, table: Table, step: Step) -> Tensor:
-        """(t, n, K) scores -> (t, n, K) weights: softmax over the top k, 0 for experts absent from the module."""
-        if self.settings.shared and scores.shape[1] > 1:
-            scores = mean_over_modules(scores, table.present)
-        if table.present is not None:
-            scores = scores.masked_fill(~table.present, float("-inf"))
-        if self.k == scores.shape[-1]:
-            weights = torch.softmax(scores / self.settings.temperature, -1)
-        else:
-            best, which = scores.topk(self.k, -1)  # (t, n, k)
-            shares = torch.softmax(best / self.settings.temperature, -1)
-            weights = torch.zeros_like(scores).scatter_(-1, which, shares)
-        return weights if table.present is None else weights.nan_to_num_(0.0)  # nobody adapts this module
+    def weights(self, z: Tensor, table: Table, step: Step) -> Tensor:
+        """(t, n, R) -> (t, n, K) the weight of every expert."""
 
     def __call__(self, z: Tensor, table: Table, step: Step = NOTHING) -> Tensor:
         """Multiply z (t, n, R) by its weights, in place; gives the weights (t, n, K)."""
-        scores = self.normalised(self.score(z, table, step), table, step)
-        weights = self.weigh(scores, table, step)
-        apply_weights(z, weights, self.layout)
+        weights = self.weights(z, table, step)
+        self.blocks.multiply(z, weights)
         return weights
 
-    def normalised(self, scores: Tensor, table: Table, step: Step) -> Tensor:
-        match self.settings.normalise:
-            case "none":
-                return scores
-            case "unit":
-                assert step.length is not None
-                return scores / step.length
-            case "rms":
-                assert step.length is not None
-                return scores * (step.d_in**0.5) / step.length
-            case "zscore":
-                assert table.mean is not None
-                assert table.deviation is not None
-                return (scores - table.mean) / table.deviation
+
+class ScoreGate(Gate):
+    """A softmax over the top k scores: all that most methods differ in is `score`."""
+
+    Settings: ClassVar[type[Settings]] = GateSettings
+    name: ClassVar[str]  # of the score, for its statistics
+
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
+        super().__init__(layout, device)
+        K = len(layout.members)
+        self.k = min(self.settings.top_k or K, K)
+        self.needs_length = self.settings.normalise in ("unit", "rms")
+
+    @property
+    def score_name(self) -> str:
+        """What the statistics of the raw score are kept under."""
+        return f"{self.name}-centred" if self.settings.centred else self.name
+
+    @abstractmethod
+    def score(self, z: Tensor, table: Table, step: Step) -> Tensor:
+        """(t, n, R) -> (t, n, K) one score per expert, higher is better."""
+
+    def raw(self, z: Tensor, table: Table, step: Step) -> Tensor:
+        """(t, n, R) -> (t, n, K) what z-scores are made of: centred and divided by the input's length if so set."""
+        if self.settings.centred:
+            assert table.centre is not None
+            z = z - table.centre
+        scores = self.score(z, table, step)
+        if not self.needs_length:
+            return scores
+        assert step.length is not None
+        length = step.length.clamp_min(TINY)
+        return scores * (step.d_in**0.5) / length if self.settings.normalise == "rms" else scores / length
+
+    def scores(self, z: Tensor, table: Table, step: Step) -> Tensor:
+        """(t, n, R) -> (t, n, K) scores as the softmax gets them."""
+        raw = self.raw(z, table, step)
+        if self.settings.normalise != "zscore":
+            return raw
+        assert table.mean is not None
+        assert table.deviation is not None
+        return (raw - table.mean) / table.deviation
+
+    def weights(self, z: Tensor, table: Table, step: Step) -> Tensor:
+        """(t, n, R) -> (t, n, K) softmax over the top k, 0 for experts that are absent from the module."""
+        scores = self.scores(z, table, step)
+        if self.settings.shared and scores.shape[1] > 1:
+            scores = mean_over_modules(scores, table.present)
+        if table.absent is not None:
+            scores = scores.masked_fill(table.absent, float("-inf"))
+        weights = top_softmax(scores, self.k, self.settings.temperature)
+        return weights if table.absent is None else weights.masked_fill_(table.absent, 0.0)  # NaN where all are absent
 
 
-def apply_weights(z: Tensor, weights: Tensor, layout: Layout) -> None:
-    """Multiply block k of z (t, n, R) by weights[..., k], in place."""
-    blocks = layout.blocks
-    K = weights.shape[-1]
-    total = sum(blocks)
-    if all(rows == blocks[0] for rows in blocks):
-        z[..., :total].unflatten(-1, (K, blocks[0])).mul_(weights.unsqueeze(-1))
-    else:
-        for part, weight in zip(torch.split(z[..., :total], blocks, -1), weights.unbind(-1), strict=True):
-            part.mul_(weight.unsqueeze(-1))
-
-
-def first_rows(z: Tensor, layout: Layout) -> Tensor:
-    """(t, n, R) -> (t, n, K) the first row of every block."""
-    blocks = layout.blocks
-    if all(rows == blocks[0] for rows in blocks):
-        return z[..., : sum(blocks) : blocks[0]]
-    starts = [sum(blocks[:k]) for k in range(len(blocks))]
-    return z[..., starts]
-
-
-def mean_over_modules(scores: Tensor, present: Tensor | None) -> Tensor:
-    """(t, n, K) -> (t, n, K) every module gets the mean over those modules that the expert adapts."""
-    if present is None:
-        return scores.mean(1, keepdim=True).expand_as(scores)
-    share = present / present.sum(0, keepdim=True).clamp(min=1)  # (n, K)
-    return (scores * share).sum(1, keepdim=True).expand_as(scores)
-
-
-def norms(z: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """(t, n, R) -> (t, n, K) Euclidean length of every block."""
-    return torch.stack([part.norm(dim=-1) for part in torch.split(z[..., : sum(blocks)], blocks, -1)], -1)
+def top_softmax(scores: Tensor, k: int, temperature: float = 1.0) -> Tensor:
+    """(..., K) -> (..., K) softmax over the k highest scores, 0 for the others."""
+    if temperature != 1.0:
+        scores = scores / temperature
+    if k == scores.shape[-1]:
+        return torch.softmax(scores, -1)
+    best, which = scores.topk(k, -1)  # (..., k)
+    return torch.zeros_like(scores).scatter_(-1, which, torch.softmax(best, -1))

@@ -38,6 +38,7 @@ class Layout(BaseModel):
     extra     rows after the blocks that only feed the gate (their columns of B are zero): 0, or one per member
     form      unit:   block rows are V^T, B's columns U S s:   z = V^T x
               scaled: block rows are s S V^T, B's columns U:   z = s S V^T x
+    notes     what a person should know about these members, found while building; nothing depends on it
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,10 +49,16 @@ class Layout(BaseModel):
     members: tuple[Member, ...] = Field(min_length=2)
     extra: int = Field(default=0, ge=0)
     form: Form = "scaled"
+    notes: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> tuple[int, ...]:
         return tuple(member.rows for member in self.members)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first row of every block."""
+        return tuple(sum(self.blocks[:k]) for k in range(len(self.members)))
 
     @property
     def rank(self) -> int:

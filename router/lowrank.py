@@ -1,0 +1,65 @@
+"""Algebra on dW = B A that never forms dW.
+
+Notation. `B (d_out, r)`, `A (r, d_in)`, with r far below both; an adapter's scale s is folded into B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CONDITION = 1e-3  # a Cholesky factor whose diagonal varies more than this has lost too many digits
+NEGLIGIBLE = 1e-7  # directions this much weaker than the strongest are below float32's precision
+
+
+class Factors(NamedTuple):
+    """dW = B A."""
+
+    B: Tensor  # (d_out, r)
+    A: Tensor  # (r, d_in)
+
+
+class SVD(NamedTuple):
+    """dW = U diag(S) Vt, S descending; r rows even if dW has a lower rank, the rest of them zero."""
+
+    U: Tensor  # (d_out, r)
+    S: Tensor  # (r,)
+    Vt: Tensor  # (r, d_in)
+
+
+def stack(parts: Sequence[Factors]) -> Factors:
+    """Factors of the sum: [B_1, B_2, ...] [A_1; A_2; ...]."""
+    return Factors(B=torch.cat([part.B for part in parts], 1), A=torch.cat([part.A for part in parts], 0))
+
+
+def svd(factors: Factors) -> SVD:
+    """Exact SVD of B A from factors of any float type; computed in float64, given back in float32.
+
+    With B = Q R_B and A^T = P R_A, B A = Q (R_B R_A^T) P^T: the SVD of the small (r, r) core, M = u S v^T, is all that
+    is needed. Q u = B R_A^T v / S and P v = (u^T R_B A)^T / S, so Q and P need not be formed either.
+    """
+    B, A = factors.B.double(), factors.A.double()
+    R_B, R_A = triangle(B), triangle(A.mT)
+    u, S, vt = torch.linalg.svd(R_B @ R_A.mT)  # (r, r)
+    inverse = torch.where(S[0] * NEGLIGIBLE < S, 1 / S, 0.0)
+    U = B @ (R_A.mT @ (vt.mT * inverse))  # (d_out, r)
+    Vt = ((u.mT * inverse[:, None]) @ R_B) @ A  # (r, d_in)
+    return SVD(U.float(), (S * (inverse > 0)).float(), Vt.float())
+
+
+def triangle(X: Tensor) -> Tensor:
+    """(d, r) -> R (r, r) with R^T R = X^T X, the R of X = Q R up to signs; float64, and it may have r > d.
+
+    Cholesky of the Gram matrix is many times quicker than Householder's QR of a tall matrix, but squares the condition
+    number: it is used where that leaves 10 digits.
+    """
+    cholesky: Tensor
+    cholesky, failed = torch.linalg.cholesky_ex(X.mT @ X, upper=True)
+    diagonal = cholesky.diagonal()
+    if not failed and diagonal.min() > CONDITION * diagonal.max():
+        return cholesky
+    householder: Tensor = torch.linalg.qr(X, mode="r").R
+    return householder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -33,7 +33,10 @@ class Weighted(BaseModel):
 class Decision(BaseModel):
     """What the router decided for one prompt.
 
-    `base` abstains (no experts); `select` names one expert; `blend` and `gate` name several.
+    `base` abstains (no experts); `select` names one expert; `blend` and `gate` name several. A gate, a name in
+    `router.gating.GATES`, weighs its experts token by token; their own weights are what it starts from. A gate that
+    only reads evidence says in `then` what follows from it: one of the experts answers (`select`), or all of them in
+    proportion (`blend`).
     `confidence` is in [0, 1]; `threshold` is the score under which the method abstains.
     `timings` are milliseconds by stage (`encode`, `search`, `total`); `generation` is the registry's.
     """
@@ -44,6 +47,9 @@ class Decision(BaseModel):
     method: str
     kind: Kind
     experts: tuple[Weighted, ...] = ()
+    gate: str | None = None
+    gate_settings: dict[str, Any] = Field(default_factory=dict)
+    then: Literal["select", "blend"] | None = None
     confidence: float = 0.0
     threshold: float | None = None
     candidates: tuple[Candidate, ...] = ()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from adapters_registry.prototypes import prototype_texts
 from router.encoder import Vectors
 
 Mask = NDArray[np.bool_]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,7 @@ class Library:
     prototypes[k]  (n_k, dim) embeddings of texts[k], rows of length 1
     keys[k]        names expert, content and texts: equal keys have equal prototypes
     generation     the registry's, at the time of the snapshot
+    max_rank       rows that one composite of several experts may have, None: any number
     """
 
     experts: tuple[Expert, ...]
@@ -32,7 +35,9 @@ class Library:
     keys: tuple[str, ...]
     dim: int
     generation: int = 0
+    max_rank: int | None = None
     _visible: dict[str | None, Mask] = field(init=False, repr=False)
+    _made: dict[Hashable, object] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [expert.name for expert in self.experts]
@@ -45,6 +50,12 @@ class Library:
 
     def __len__(self) -> int:
         return len(self.experts)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` makes of this library: made at the first call with this key, shared from then on."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]  # type: ignore[return-value]
 
     def visible(self, tenant: str | None, allowed: Iterable[str] | None = None) -> Mask:
         """(n,) true for the experts `tenant` may use (None: the operator), of those `allowed` by name."""
@@ -62,6 +73,7 @@ def build(
     dim: int,
     *,
     generation: int = 0,
+    max_rank: int | None = None,
     stored: Mapping[str, Vectors] | None = None,
     previous: Library | None = None,
 ) -> Library:
@@ -84,7 +96,7 @@ def build(
         known[key] = unit_rows(encoded[start : start + len(group)])
         start += len(group)
     prototypes = tuple(known[key] for key in keys)
-    return Library(tuple(ordered), tuple(texts), prototypes, tuple(keys), dim, generation)
+    return Library(tuple(ordered), tuple(texts), prototypes, tuple(keys), dim, generation, max_rank)
 
 
 def unit_rows(vectors: Vectors) -> Vectors:

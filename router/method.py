@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,18 @@ class Query:
     among: Mask
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Who answers: (position in the library, weight) of each; `kind`, `gate` and `then` as in a Decision."""
+
+    experts: Sequence[tuple[int, float]]
+    kind: Kind = "select"
+    gate: str | None = None
+    gate_settings: Mapping[str, Any] = field(default_factory=dict)
+    then: Literal["select", "blend"] | None = None
+    reason: str = ""
+
+
 class Method(ABC):
     """A routing method, fitted to one library. It never changes, so it serves while its successor is fitted.
 
@@ -45,8 +57,7 @@ class Method(ABC):
 
     taxonomy: ClassVar[Taxonomy]
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
-    kind: ClassVar[Kind] = "select"
-    encodes: ClassVar[bool] = True
+    encodes: bool = True  # whether it reads the prompt's embedding
 
     # (n,) the score under which an expert does not answer, None for methods that never abstain.
     thresholds: Scores | None = None
@@ -62,9 +73,22 @@ class Method(ABC):
     def score(self, query: Query) -> Scores:
         """(n,) one score per expert of the library, higher is better; -inf for those it does not consider."""
 
-    def choose(self, scores: Scores, ranked: Sequence[int]) -> list[tuple[int, float]]:
-        """Who answers with which weight; `ranked` are the considered experts, best first, never empty."""
-        return [(ranked[0], 1.0)]
+    def choose(self, query: Query, scores: Scores, ranked: Sequence[int]) -> Choice:
+        """Who answers; `ranked` are the considered experts, best first, never empty."""
+        return Choice([(ranked[0], 1.0)])
+
+    def explores(self, query: Query) -> bool:
+        """Whether it chooses even when no expert reaches its threshold."""
+        return False
+
+
+M = TypeVar("M", bound=Method)
+
+
+def fitted(kind: type[M], library: Library, settings: MethodSettings, previous: M | None = None) -> M:
+    """`kind.fit`, done once for a library and these settings: methods that stand on another share it."""
+    key = (kind, settings.model_dump_json())
+    return library.once(key, lambda: kind.fit(library, settings, previous))
 
 
 def decide(name: str, method: Method, library: Library, query: Query, limit: int | None = None) -> Decision:
@@ -91,20 +115,22 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
     candidates = tuple(
         Candidate(expert=experts[k].name, version=experts[k].version, score=float(scores[k])) for k in ranked[:limit]
     )
-    if threshold is not None and best < threshold:
+    if threshold is not None and best < threshold and not method.explores(query):
         why = f"best score {best:.3f} is under the threshold {threshold:.3f}"
         return abstain(name, library, why, certainty, threshold, candidates)
-    chosen = [
-        Weighted(expert=experts[k].name, id=experts[k].id, weight=weight) for k, weight in method.choose(scores, ranked)
-    ]
+    choice = method.choose(query, scores, ranked)
     return Decision(
         method=name,
-        kind=method.kind,
-        experts=tuple(chosen),
+        kind=choice.kind,
+        experts=tuple(Weighted(expert=experts[k].name, id=experts[k].id, weight=w) for k, w in choice.experts),
+        gate=choice.gate,
+        gate_settings=dict(choice.gate_settings),
+        then=choice.then,
         confidence=certainty,
         threshold=threshold,
         candidates=candidates,
         generation=library.generation,
+        reason=choice.reason,
     )
 
 

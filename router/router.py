@@ -20,8 +20,8 @@ from router.decision import Decision
 from router.encoder import Encoder, Vectors
 from router.errors import NotReady, RouterClosed, UnknownMethod
 from router.library import Library, Mask
-from router.method import Method, MethodSettings, Query, abstain, decide
-from router.methods import METHODS
+from router.method import Method, MethodSettings, Query, abstain, decide, fitted
+from router.methods import METHODS, SERVED
 from router.text import BUDGET, shorten
 
 
@@ -36,7 +36,7 @@ class RouterSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = "retrieval"
-    methods: dict[str, dict[str, Any]] = {"retrieval": {}}
+    methods: dict[str, dict[str, Any]] = {name: {} for name in SERVED}
     budget: int = Field(default=BUDGET, ge=16)
     max_batch: int = Field(default=32, ge=1)
     cache_size: int = Field(default=4096, ge=0)
@@ -72,8 +72,12 @@ class Router:
     (or a notebook).
     """
 
-    def __init__(self, encoder: Encoder, settings: RouterSettings | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, settings: RouterSettings | None = None, *, max_rank: int | None = None
+    ) -> None:
+        """`max_rank`: rows of the largest composite that the engine takes, None for no limit."""
         self.settings = settings or RouterSettings()
+        self._max_rank = max_rank
         self.encoder = encoder
         self._batcher = MicroBatcher(encoder, max_batch=self.settings.max_batch, cache_size=self.settings.cache_size)
         self._settings: dict[str, MethodSettings] = {
@@ -120,11 +124,12 @@ class Router:
                 self.embed,
                 self.encoder.dim,
                 generation=generation,
+                max_rank=self._max_rank,
                 stored=prototypes,
                 previous=old.library if old else None,
             )
             methods = {
-                name: METHODS[name].fit(library, settings, old.methods[name] if old else None)
+                name: fitted(METHODS[name], library, settings, old.methods[name] if old else None)
                 for name, settings in self._settings.items()
             }
             self._snapshot = Snapshot(library, methods)

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from router.method import Method
 from router.methods.base import Base
+from router.methods.gated import NAMES, TRAINED, gated
 from router.methods.random import Random
 from router.methods.retrieval import Retrieval
 from router.taxonomy import Reference, Taxonomy
@@ -14,7 +15,11 @@ METHODS: dict[str, type[Method]] = {
     "retrieval": Retrieval,
     "random": Random,
     "base": Base,
+    **{name: gated(name) for name in NAMES},
 }
+
+#: What a server offers unless it is told otherwise: everything that needs nothing but registered experts.
+SERVED = ("retrieval", *(name for name in NAMES if name not in TRAINED))
 
 
 def methods_table() -> str:

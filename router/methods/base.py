@@ -25,7 +25,7 @@ class Base(Method):
         generalization="out-of-distribution",
         user_data="zero-shot",
     )
-    encodes: ClassVar[bool] = False
+    encodes = False
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -27,7 +27,7 @@ class Random(Method):
         generalization="in-distribution",
         user_data="zero-shot",
     )
-    encodes: ClassVar[bool] = False
+    encodes = False
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters_registry.expert import Expert
-from router.decision import Decision, Kind
+from router.decision import Decision
 from router.library import Library, build
-from router.method import Method, MethodSettings, Query, Scores, confidence, decide
+from router.method import Choice, Method, MethodSettings, Query, Scores, confidence, decide
 from router.methods.base import Base
 
 MakeExpert = Callable[..., Expert]
@@ -37,11 +37,9 @@ class Fixed(Method):
 class Pair(Fixed):
     """What a blend looks like: the best two, by their share."""
 
-    kind: ClassVar[Kind] = "blend"
-
-    def choose(self, scores: Scores, ranked: Any) -> list[tuple[int, float]]:
+    def choose(self, query: Query, scores: Scores, ranked: Any) -> Choice:
         best = scores[ranked[:2]]
-        return list(zip(ranked[:2], (best / best.sum()).tolist(), strict=True))
+        return Choice(list(zip(ranked[:2], (best / best.sum()).tolist(), strict=True)), kind="blend")
 
 
 @pytest.fixture

@@ -1,0 +1,246 @@
+"""May these experts become a composite? Every reason against it, and if there is none, its layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from router.adapter import Adapter
+from router.composite.part import CompositeError, Part
+from router.composite.statistics import statistics_key, tables_of
+from router.gating import GATES, gate_of
+from router.gating.gate import Gate
+from router.gating.layout import Layout, Member
+
+#: Layers that engines adapt in another way than plain linear layers, or not at all, by a part of their path.
+UNSUPPORTED = {
+    "lm_head": "the output layer",
+    "embed_tokens": "embeddings",
+    "experts": "fused mixture-of-experts layers",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A composite that can be built. `modules` has the union of all experts' modules, sorted."""
+
+    parts: Sequence[Part]
+    adapters: Sequence[Adapter]
+    general: Adapter | None
+    gate: Gate
+    layout: Layout
+    modules: Mapping[str, tuple[int, int]]  # module -> (d_out, d_in)
+    key: str | None  # of the statistics
+    compressed: bool
+
+
+def chosen_settings(gate: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a gate, defaults included, as JSON. Raises CompositeError."""
+    if gate not in GATES:
+        raise CompositeError([f"No gate '{gate}'. There are: {', '.join(GATES)}."])
+    try:
+        return GATES[gate].Settings.model_validate(dict(settings)).model_dump(mode="json")
+    except ValidationError as error:
+        known = ", ".join(GATES[gate].Settings.model_fields) or "none"
+        raise CompositeError(
+            f"Gate '{gate}', setting {'.'.join(str(part) for part in each['loc']) or 'weights'}: {each['msg']} "
+            f"(got {str(each['input'])[:80]}). Its settings: {known}."
+            for each in error.errors()
+        ) from error
+
+
+def make_plan(
+    parts: Sequence[Part],
+    gate: str,
+    settings: Mapping[str, Any],
+    max_rank: int,
+    general: Part | None,
+    compress: int | None,
+) -> Plan:
+    """Raises CompositeError with every reason."""
+    reasons = list(_membership(parts))
+    chosen: dict[str, Any] = {}
+    try:
+        chosen = chosen_settings(gate, settings)
+    except CompositeError as error:
+        reasons += error.reasons
+    if compress is not None and compress < 1:
+        reasons.append(f"compress is {compress}; it is a rank, so at least 1.")
+    adapters, broken = _read([*parts, *([general] if general else [])])
+    reasons += broken
+    if broken or not parts:
+        raise CompositeError(reasons)
+    subtracted = adapters.pop() if general else None
+    everything = {part.id: adapter for part, adapter in zip(parts, adapters, strict=True)}
+    if general and subtracted:
+        everything[general.id] = subtracted
+    reasons += _bases([*parts, *([general] if general else [])], everything)
+    reasons += _unsupported(everything)
+    modules, conflicts = _shapes(everything)
+    reasons += conflicts
+    if reasons:
+        raise CompositeError(reasons)
+    members = tuple(
+        Member(id=part.id, rows=_rows(adapter, subtracted, modules, compress))
+        for part, adapter in zip(parts, adapters, strict=True)
+    )
+    extra = len(members) if GATES[gate].extra else 0
+    layout = Layout(gate=gate, settings=chosen, members=members, extra=extra)
+    try:
+        ready = gate_of(layout)
+    except ValueError as error:
+        raise CompositeError([f"Gate '{gate}': {error}."]) from error
+    layout = layout.model_copy(update={"form": ready.form})
+    key = statistics_key(ready, general=general, compress=compress)
+    reasons += _rank(layout, max_rank)
+    reasons += _stored(parts, adapters, subtracted, layout, ready, modules, key)
+    if reasons:
+        raise CompositeError(reasons)
+    return Plan(parts, adapters, subtracted, ready, layout, modules, key, compress is not None)
+
+
+def _membership(parts: Sequence[Part]) -> Iterator[str]:
+    if len(parts) < 2:
+        got = f"only '{parts[0].id}'" if parts else "none"
+        yield f"A composite needs at least two experts; it got {got}."
+    for name, count in Counter(part.id for part in parts).items():
+        if count > 1:
+            yield f"Expert '{name}' occurs {count} times; leave the repetitions out."
+    names: dict[str, list[str]] = {}
+    for part in parts:
+        names.setdefault(part.digest, []).append(part.id)
+    for ids in names.values():
+        if len(set(ids)) > 1:
+            yield f"{_listing(ids)} are the same adapter under different names; keep one of them."
+
+
+def _read(parts: Sequence[Part]) -> tuple[list[Adapter], list[str]]:
+    adapters, reasons = [], []
+    for part in parts:
+        try:
+            adapters.append(Adapter(part.path))
+        except (OSError, ValueError, SafetensorError) as error:
+            reasons.append(f"'{part.id}' cannot be read: {str(error).splitlines()[0]}")
+    return adapters, reasons
+
+
+def _bases(parts: Sequence[Part], adapters: Mapping[str, Adapter]) -> Iterator[str]:
+    """Folders say nothing about which weights are in them, so that of configurations only Hub ids count."""
+    bases: dict[str, list[str]] = {}
+    for part in parts:
+        declared = adapters[part.id].config.base_model_name_or_path or ""
+        base = part.base_model or (declared if declared.count("/") == 1 and declared[0] not in "/.~" else None)
+        if base:
+            bases.setdefault(base.casefold(), []).append(part.id)
+    if len(bases) > 1:
+        listed = "; ".join(f"{base}: {_listing(ids)}" for base, ids in sorted(bases.items()))
+        yield f"The experts are for different base models ({listed}); only experts of one base model fit together."
+
+
+def _unsupported(adapters: Mapping[str, Adapter]) -> Iterator[str]:
+    for name, adapter in adapters.items():
+        found = {what for layer, what in UNSUPPORTED.items() if any(layer in m.split(".") for m in adapter.modules)}
+        if adapter.names.embeddings:
+            found.add("embeddings")
+        for what in sorted(found):
+            yield f"'{name}' adapts {what}, which cannot be gated; serve it alone."
+        if odd := sorted(adapter.names.A.keys() ^ adapter.names.B.keys()):
+            yield f"'{name}' has only one of the two factors of {_listing(odd)}; it is damaged, register it again."
+
+
+def _shapes(adapters: Mapping[str, Adapter]) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    modules: dict[str, tuple[int, int]] = {}
+    first: dict[str, str] = {}
+    conflicts: dict[tuple[str, str], list[str]] = {}
+    for name, adapter in adapters.items():
+        for module in sorted(adapter.names.A.keys() & adapter.names.B.keys()):
+            shape = adapter.shape(module)
+            if modules.setdefault(module, shape) != shape:
+                conflicts.setdefault((first[module], name), []).append(module)
+            first.setdefault(module, name)
+    reasons = []
+    for (one, other), where in conflicts.items():
+        d_out, d_in = adapters[other].shape(where[0])
+        reasons.append(
+            f"'{one}' and '{other}' are for different base models: {where[0]} is {modules[where[0]][0]} x "
+            f"{modules[where[0]][1]} for the first and {d_out} x {d_in} for the second."
+        )
+    return dict(sorted(modules.items())), reasons
+
+
+def _rows(
+    adapter: Adapter, general: Adapter | None, modules: Mapping[str, tuple[int, int]], compress: int | None
+) -> int:
+    """An expert's rank rows: its largest rank over the modules."""
+    taken = general.rank if general else lambda module: 0
+    most = max(min(adapter.rank(module) + taken(module), *shape) for module, shape in modules.items())
+    return most if compress is None else min(most, compress)
+
+
+def _rank(layout: Layout, max_rank: int) -> Iterator[str]:
+    if layout.rank <= max_rank:
+        return
+    K = len(layout.members)
+    each = (max_rank - layout.extra) // K
+    sizes = " + ".join(str(rows) for rows in layout.blocks) + (f" + {layout.extra}" if layout.extra else "")
+    fits = 0
+    while fits < K and sum(sorted(layout.blocks)[: fits + 1]) + (fits + 1) * bool(layout.extra) <= max_rank:
+        fits += 1
+    offers = [f"the {fits} smallest of them would fit"] if fits > 1 else []
+    if each >= 1:
+        offers.append(f"compress={each} keeps the {each} strongest directions of each (what that discards is noted)")
+    advice = "; ".join(offers) or "raise the engine's limit"
+    yield f"The composite has {layout.rank} rank rows ({sizes}), over the engine's limit of {max_rank}: {advice}."
+
+
+def _stored(
+    parts: Sequence[Part],
+    adapters: Sequence[Adapter],
+    general: Adapter | None,
+    layout: Layout,
+    gate: Gate,
+    modules: Mapping[str, tuple[int, int]],
+    key: str | None,
+) -> Iterator[str]:
+    """Vectors and statistics that the gate needs and an expert does not bring, or brings in the wrong shape."""
+    for part, adapter, member in zip(parts, adapters, layout.members, strict=True):
+        mine = [m for m in modules if adapter.rank(m) or (general and general.rank(m))]
+        if gate.extra:
+            shapes = {module: (modules[module][1],) for module in mine}
+            advice = f"train them with `moerge gates train {_name(part)}`"
+            yield from _lacking(part, layout.gate, shapes, f"gate vectors for '{layout.gate}'", advice)
+        if (tables := tables_of(gate)) and key is not None:
+            sizes: dict[str, tuple[int, ...]] = {"mean": (), "deviation": (), "centre": (member.rows,)}
+            wanted = {f"{module}.{table}": sizes[table] for module in mine for table in tables}
+            advice = f"measure them with `moerge gates calibrate {_name(part)}`"
+            yield from _lacking(part, key, wanted, f"'{key}'", advice)
+
+
+def _lacking(part: Part, key: str, shapes: Mapping[str, tuple[int, ...]], what: str, advice: str) -> Iterator[str]:
+    stored = part.tensors.get(key)
+    if stored is None:
+        yield f"'{part.id}' has no {what}; {advice}."
+        return
+    if missing := [name for name in shapes if name not in stored]:
+        yield f"'{part.id}' lacks {what} of {_listing(missing)}; {advice}."
+    wrong = [
+        f"{name} ({tuple(stored[name].shape)} instead of {shape})"
+        for name, shape in shapes.items()
+        if name in stored and tuple(stored[name].shape) != shape
+    ]
+    if wrong:
+        yield f"'{part.id}' has {what} of another shape for {_listing(wrong)}; {advice}."
+
+
+def _name(part: Part) -> str:
+    return part.id.partition("@")[0]
+
+
+def _listing(things: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(things) - most} more" if len(things) > most else ""
+    return ", ".join(things[:most]) + more

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -26,6 +29,27 @@ class Adapter:
     path: Path
     shown: str
     digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What one traced request left in the engine.
+
+    groups    names of the groups of modules that share an input, in the order of computation ("" where the
+              composite adapts nothing); `weights (groups, K)` the mean gate weight of each expert in each
+    tokens    how many tokens were computed; `top (tokens,)` the expert with the largest total weight for each
+    evidence  (K,) all evidence after the last token; zeros when the gate keeps none
+    moments   only for `moerge_collect: "moments"`: sums over tokens of the gate's raw score, `<module>.score (K,)`, of
+              its square, `<module>.square (K,)`, and of the rank-space buffer, `<module>.z (R,)`; how many tokens
+              that were, `<module>.count (K,)`
+    """
+
+    groups: tuple[str, ...]
+    tokens: int
+    weights: NDArray[np.floating[Any]]
+    top: NDArray[np.integer[Any]]
+    evidence: NDArray[np.floating[Any]]
+    moments: dict[str, NDArray[np.floating[Any]]]
 
 
 class EngineError(Exception):
@@ -67,6 +91,10 @@ class Engine(Protocol):
 
     async def unload(self, name: str) -> None:
         """Forget an adapter; nothing happens when it is not loaded."""
+        ...
+
+    async def trace(self, key: str) -> Trace | None:
+        """What the request with `vllm_xargs: {"moerge_trace": key}` left, once; None: no such request, or too old."""
         ...
 
     def loaded(self) -> frozenset[str]:

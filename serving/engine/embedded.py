@@ -11,7 +11,8 @@ import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from serving.engine import Adapter, AdapterLoadFailed, ASGIApp, EngineError, EngineUnavailable, private
+from serving.engine import Adapter, AdapterLoadFailed, ASGIApp, EngineError, EngineUnavailable, Trace, private
+from serving.engine.transport import unpack
 
 if TYPE_CHECKING:
     from serving.config import EngineSettings
@@ -116,6 +117,15 @@ class EmbeddedVllm:
         # After a failed load vLLM may keep half an adapter under its id, so it is removed as well.
         with contextlib.suppress(Exception):
             await self._client.remove_lora(lora_id)
+
+    async def trace(self, key: str) -> Trace | None:
+        if self._client is None:
+            raise EngineUnavailable("The engine is still starting; try again in a few seconds.")
+        try:
+            found = await self._client.collective_rpc(private.TRACE_METHOD, args=(key,))
+        except Exception as error:
+            raise EngineUnavailable("The engine stopped while it was asked for a trace.") from error
+        return unpack(*found[0]) if found[0] is not None else None
 
     def loaded(self) -> frozenset[str]:
         return frozenset(self._models.lora_requests) if self._models is not None else frozenset()

@@ -1,63 +1,178 @@
-"""Multi-LoRA on the CPU: one matrix product per adapter present in the batch.
+"""Multi-LoRA on the CPU: one matrix product per adapter present in the batch, at its own rank.
 
-Stock vLLM gathers whole adapter weights for every token, and its slot index -1 ("no adapter") reads the
-*last* slot: once all slots are full, a base-model request in a mixed batch is answered by somebody's
-adapter. Here tokens without an adapter are never touched.
+Stock vLLM gathers whole adapter weights, padded to the largest rank, for every token; and its slot index -1 ("no
+adapter") reads the *last* slot: once all slots are full, a base-model request in a mixed batch is answered by
+somebody's adapter. Here tokens without an adapter are never touched, and modules that share an input share one
+product `z = x A^T`. Between it and the products with B, the gate of a composite weighs the blocks of z.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from serving.engine.batch import Batch
+from serving.engine.gating import Gates, Spread, spread_of, spread_of_sums
+from serving.engine.slots import Factors, Group, SlotAdapter
+
+#: Rows of the batch: all, a range, or an index.
+Rows = slice | Tensor
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum over the tensor-parallel ranks."""
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    reduced: Tensor = tensor_model_parallel_all_reduce(tensor)
+    return reduced
 
 
 class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
-    """`y[t] += scale * B_s A_s x[t]` for every token t whose slot s is not -1."""
+    """`y[t] += B_s gate(A_s x[t])` for every token t whose slot s is not -1."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._segments: list[tuple[int, torch.Tensor | None]] | None = None
+        self.gates = Gates(0)
+        self._groups: dict[int, Group] = {}  # by address of the stacked A and B of its first module
+        self._slots: dict[int, SlotAdapter] = {}
+        self._segments: list[tuple[int, Rows]] | None = None
+        self._spreads: dict[int, Spread] = {}  # by slot, from a sharded layer's shrink to its expand
+
+    # What serving.engine.private tells every wrapper.
+
+    def set_groups(self, groups: Sequence[Group]) -> None:
+        """All places of the model where adapters act."""
+        self._groups = {stacked[0].data_ptr(): group for group in groups for stacked in (group.A, group.B)}
+        self.gates = Gates(len(groups))
+
+    def set_slot(self, slot: int, adapter: SlotAdapter | None) -> None:
+        """What `slot` holds from now on."""
+        self.gates.set_slot(slot, adapter)
+        if adapter is None:
+            self._slots.pop(slot, None)
+        else:
+            self._slots[slot] = adapter
+
+    def set_step(self, batch: Batch) -> None:
+        """The requests of the coming step that are for composites."""
+        self.gates.begin(batch)
+
+    # What vLLM calls.
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(*args, **kwargs)
         self._segments = None
 
-    def segments(self) -> list[tuple[int, torch.Tensor | None]]:
-        """(slot, token rows) for each slot of this step; rows are None when one slot owns every token."""
+    def segments(self) -> list[tuple[int, Rows]]:
+        """(slot, its rows) for each slot of this step."""
         if self._segments is None:
-            index = self.token_lora_indices  # (tokens,)
-            slots = torch.unique(index).tolist()
-            whole = len(slots) == 1
-            self._segments = [(s, None if whole else (index == s).nonzero()[:, 0]) for s in slots if s >= 0]
+            index = self.token_lora_indices.cpu()
+            self._segments = [(s, rows_of(index == s)) for s in torch.unique(index).tolist() if s >= 0]
         return self._segments
 
     def add_lora_linear(
         self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
         scale: float,
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        """Add every adapter's part to `y (tokens, sum(output_slices))`, in place.
+        """Add every adapter's part to `y (tokens, sum(output_slices))`, in place; x (tokens, d_in)."""
+        group = self._groups[lora_a_stacked[0].data_ptr()]
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        for slot, rows in self.segments():
+            factors = self._slots[slot].factors.get(group.index)
+            if factors is None:
+                continue
+            x_s = x[rows]  # (t, d_in)
+            z = shrink(x_s, factors)  # (t, sum of ranks)
+            if factors.table is not None:
+                step = self.gates.step(slot)
+                spread = spread_of(x_s) if step is not None and step.needs_spread else None
+                self._gate(slot, z.view(len(z), len(factors.parts), -1), factors, group, spread)
+            expand(y, rows, [z[:, part.first : part.first + len(part.Bt)] for part in factors.parts], factors, 0)
 
-        `x (tokens, d_in)`; slice i has `A (slots, 1, r, d_in)` and `B (slots, 1, d_out_i, r)`.
-        """
-        y = y.view(-1, y.shape[-1])
+    def add_shrink(self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any) -> None:
+        """`y[i] = A_i x`, (modules, tokens, r); the ranks then add up or join what each has of it."""
+        group = self._groups[lora_a_stacked[0].data_ptr()]
         x = x.view(-1, x.shape[-1])
         for slot, rows in self.segments():
-            x_s = x if rows is None else x[rows]  # (t, d_in)
-            start = 0
-            for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                z = x_s @ a[slot, 0].T  # (t, r)
-                delta = (z @ b[slot, 0].T).mul_(scale)  # (t, width)
-                part = y[:, start : start + width]
-                if rows is None:
-                    part += delta
-                else:
-                    part.index_add_(0, rows, delta)
-                start += width
+            factors = self._slots[slot].factors.get(group.index)
+            if factors is None:
+                continue
+            x_s = x[rows]
+            z = shrink(x_s, factors).to(y.dtype)
+            for part in factors.parts:
+                y[part.module, rows, : part.last - part.first] = z[:, part.first : part.last]
+            step = self.gates.step(slot) if factors.table is not None else None
+            if step is not None and step.needs_spread:
+                self._spreads[slot] = self._whole_spread(x_s, group.d_in)
+
+    def add_expand(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_b_stacked: tuple[Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """`y[:, slice i] += B_i x[i]` with x (modules, tokens, r_max), whole."""
+        group = self._groups[lora_b_stacked[0].data_ptr()]
+        y = y.view(-1, y.shape[-1])
+        for slot, rows in self.segments():
+            factors = self._slots[slot].factors.get(group.index)
+            if factors is None:
+                continue
+            if factors.table is not None:
+                z = torch.stack([x[part.module, rows, : part.rank] for part in factors.parts], 1)  # (t, n, R)
+                self._gate(slot, z, factors, group, self._spreads.pop(slot, None))
+                parts = [z[:, i, : len(part.Bt)] for i, part in enumerate(factors.parts)]
+            else:
+                parts = [x[part.module, rows, : part.rank] for part in factors.parts]
+            expand(y, rows, parts, factors, offset_start)
+
+    def _gate(self, slot: int, z: Tensor, factors: Factors, group: Group, spread: Spread | None) -> None:
+        step = self.gates.step(slot)
+        if step is None:  # a dry run of the engine's own: nobody reads its output, and nothing may be remembered
+            z.zero_()
+        else:
+            step.gate_(z, factors, group.d_in, spread)
+
+    def _whole_spread(self, x: Tensor, d_in: int) -> Spread:
+        if x.shape[-1] == d_in:
+            return spread_of(x)
+        sums = all_reduce(torch.stack([x.double().sum(-1), x.double().square().sum(-1)]))
+        return spread_of_sums(sums[0], sums[1], d_in)
+
+
+def rows_of(mask: Tensor) -> Rows:
+    """A range where the rows lie side by side, because a view is much cheaper than an index."""
+    rows = mask.nonzero()[:, 0]
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+
+
+def shrink(x: Tensor, factors: Factors) -> Tensor:
+    """x (t, d_in) -> (t, sum of ranks), all modules of the group at once."""
+    return torch.mm(x.to(factors.At.dtype), factors.At)
+
+
+def expand(y: Tensor, rows: Rows, z: Sequence[Tensor], factors: Factors, offset: int) -> None:
+    """`y[rows, start:stop] += z_i Bt_i` for every adapted module i; z_i (t, rank)."""
+    if isinstance(rows, slice):
+        y = y[rows]
+        for z_i, part in zip(z, factors.parts, strict=True):
+            y[:, offset + part.start : offset + part.stop].addmm_(z_i.to(y.dtype), part.Bt)
+    else:
+        for z_i, part in zip(z, factors.parts, strict=True):
+            delta = torch.mm(z_i.to(y.dtype), part.Bt)
+            y[:, offset + part.start : offset + part.stop].index_add_(0, rows, delta)

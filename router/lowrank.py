@@ -23,9 +23,9 @@ class Factors(NamedTuple):
 
 
 class SVD(NamedTuple):
-    """dW = U diag(S) Vt, S descending; r rows even if dW has a lower rank, the rest of them zero."""
+    """dW = U diag(S) Vt with S descending. Has as many rows as B A might have; of a lower rank, the rest are zero."""
 
-    U: Tensor  # (d_out, r)
+    U: Tensor  # (d_out, r), where r stands for min(r, d_out, d_in)
     S: Tensor  # (r,)
     Vt: Tensor  # (r, d_in)
 
@@ -43,7 +43,7 @@ def svd(factors: Factors) -> SVD:
     """
     B, A = factors.B.double(), factors.A.double()
     R_B, R_A = triangle(B), triangle(A.mT)
-    u, S, vt = torch.linalg.svd(R_B @ R_A.mT)  # (r, r)
+    u, S, vt = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)  # (r, r)
     inverse = torch.where(S[0] * NEGLIGIBLE < S, 1 / S, 0.0)
     U = B @ (R_A.mT @ (vt.mT * inverse))  # (d_out, r)
     Vt = ((u.mT * inverse[:, None]) @ R_B) @ A  # (r, d_in)
@@ -51,7 +51,7 @@ def svd(factors: Factors) -> SVD:
 
 
 def triangle(X: Tensor) -> Tensor:
-    """(d, r) -> R (r, r) with R^T R = X^T X, the R of X = Q R up to signs; float64, and it may have r > d.
+    """(d, r) -> R (r, r) with R^T R = X^T X, the R of X = Q R up to signs; (d, r) when d < r.
 
     Cholesky of the Gram matrix is many times quicker than Householder's QR of a tall matrix, but squares the condition
     number: it is used where that leaves 10 digits.

@@ -180,10 +180,7 @@ class ScoreGate(Gate):
 
     def raw(self, z: Tensor, table: Table, step: Step) -> Tensor:
         """(t, n, R) -> (t, n, K) what z-scores are made of: centred and divided by the input's length if so set."""
-        if self.settings.centred:
-            assert table.centre is not None
-            z = z - table.centre
-        scores = self.score(z, table, step)
+        scores = self.score(self.centred(z, table), table, step)
         if not self.needs_length:
             return scores
         assert step.length is not None
@@ -191,7 +188,7 @@ class ScoreGate(Gate):
         return scores * (step.d_in**0.5) / length if self.settings.normalise == "rms" else scores / length
 
     def scores(self, z: Tensor, table: Table, step: Step) -> Tensor:
-        """(t, n, R) -> (t, n, K) scores as the softmax gets them."""
+        """(t, n, R) -> (t, n, K) raw scores, z-scored if so set."""
         raw = self.raw(z, table, step)
         if self.settings.normalise != "zscore":
             return raw
@@ -201,13 +198,21 @@ class ScoreGate(Gate):
 
     def weights(self, z: Tensor, table: Table, step: Step) -> Tensor:
         """(t, n, R) -> (t, n, K) softmax over the top k, 0 for experts that are absent from the module."""
-        scores = self.scores(z, table, step)
-        if self.settings.shared and scores.shape[1] > 1:
-            scores = mean_over_modules(scores, table.present)
-        if table.absent is not None:
-            scores = scores.masked_fill(table.absent, float("-inf"))
+        scores = self.pooled(self.scores(z, table, step), table)
         weights = top_softmax(scores, self.k, self.settings.temperature)
         return weights if table.absent is None else weights.masked_fill_(table.absent, 0.0)  # NaN where all are absent
+
+    def centred(self, z: Tensor, table: Table) -> Tensor:
+        if not self.settings.centred:
+            return z
+        assert table.centre is not None
+        return z - table.centre
+
+    def pooled(self, scores: Tensor, table: Table) -> Tensor:
+        """(t, n, K) -> (t, n, K) the same for all modules if so set; -inf for absent experts."""
+        if self.settings.shared and scores.shape[1] > 1:
+            scores = mean_over_modules(scores, table.present)
+        return scores if table.absent is None else scores.masked_fill(table.absent, float("-inf"))
 
 
 def top_softmax(scores: Tensor, k: int, temperature: float = 1.0) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from router.gating.blocks import mean_over_modules
 from router.gating.gate import Settings, Step, Table
 from router.gating.layout import Layout
 from router.gating.spectr import SpectR, SpectRSettings
@@ -42,21 +41,21 @@ class LAG(SpectR):
 
     def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         super().__init__(layout, device)
-        self.candidates, self.k = self.k, 1
-        self.filters = self.candidates < len(layout.members)
+        self.filters = self.k < len(layout.members)
         self.needs_scale = self.filters and self.form == "scaled"
 
-    def score(self, z: Tensor, table: Table, step: Step) -> Tensor:
-        """SpectR's score of the experts that Arrow leaves, -inf for the others."""
-        scores = super().score(z, table, step)
-        if not self.filters:
-            return scores
-        arrow = self.blocks.first_rows(z).abs()
-        if self.form == "scaled":
-            arrow = arrow / table.loudest
-        if self.settings.shared and arrow.shape[1] > 1:
-            arrow = mean_over_modules(arrow, table.present)
-        if table.absent is not None:
-            arrow = arrow.masked_fill(table.absent, -1.0)
-        best = arrow.topk(self.candidates, -1).indices  # (t, n, k)
-        return torch.full_like(scores, float("-inf")).scatter_(-1, best, scores.gather(-1, best))
+    def weights(self, z: Tensor, table: Table, step: Step) -> Tensor:
+        scores = self.pooled(self.scores(z, table, step), table)
+        if self.filters:
+            candidates = self.pooled(self.arrow(z, table), table).topk(self.k, -1).indices  # (t, n, k)
+            best = scores.gather(-1, candidates).argmax(-1, keepdim=True)
+            winner = candidates.gather(-1, best)  # (t, n, 1)
+        else:
+            winner = scores.argmax(-1, keepdim=True)
+        weights = torch.zeros_like(scores).scatter_(-1, winner, 1.0)
+        return weights if table.absent is None else weights.masked_fill_(table.absent, 0.0)
+
+    def arrow(self, z: Tensor, table: Table) -> Tensor:
+        """(t, n, R) -> (t, n, K) |v_k . x|"""
+        first = self.blocks.first_rows(self.centred(z, table)).abs()
+        return first if self.form == "unit" else first / table.loudest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +82,12 @@ class Bench:
         self.wrapper.add_shrink(buffer, x, group.A, 1.0)
         self.wrapper.add_expand(y, buffer, group.B, group.widths, offset_start=0, add_input=True)
         return y
+
+
+@pytest.fixture(autouse=True)
+def _as_the_engine_runs() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from itertools import islice
+from statistics import median
 
 import numpy as np
 from cachetools import LRUCache
@@ -16,19 +18,34 @@ from router.errors import EncoderFailed, RouterClosed
 
 Vector = NDArray[np.float32]
 
+ANY_TEXT = 32  # what encoding a text costs whatever its length, in characters
+PACES = 8  # batches whose speed counts
+
 
 class MicroBatcher:
     """One worker thread that owns an encoder, so that the event loop never waits for it.
 
-    There is no fixed wait: an idle worker starts at once, a busy one takes everything that has arrived
-    meanwhile, at most `max_batch` texts. Equal texts are encoded once; the last `cache_size` are remembered.
-    `encode` is for one event loop at a time, `encode_all` for any thread outside it; both take their turn
-    at the worker, so building a large library delays a request by one batch at most.
+    There is no fixed wait: an idle worker starts at once, a busy one takes what has arrived meanwhile, at most
+    `max_batch` texts, and no more than it encodes in `max_delay` seconds at the speed of its last batches: on a CPU
+    a text takes as long in a large batch as alone, and the first would wait for the last. Equal texts are encoded
+    once; the last `cache_size` are remembered. `encode` is for one event loop at a time, `encode_all` for any thread
+    outside it; both take their turn at the worker, so building a large library delays a request by one batch at most.
     """
 
-    def __init__(self, encoder: Encoder, *, max_batch: int = 32, cache_size: int = 4096) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        max_batch: int = 32,
+        max_delay: float = 0.03,
+        cache_size: int = 4096,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._encoder = encoder
         self._max_batch = max_batch
+        self._max_delay = max_delay
+        self._clock = clock
+        self._paces: deque[float] = deque(maxlen=PACES)  # seconds to a character
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moerge-encoder")
         self._cache: LRUCache[str, Vector] = LRUCache(cache_size)
         self._waiting: dict[str, asyncio.Future[Vector]] = {}
@@ -53,12 +70,14 @@ class MicroBatcher:
         if self.closed:
             raise RouterClosed
         vectors = np.zeros((len(texts), self._encoder.dim), np.float32)
-        for start in range(0, len(texts), self._max_batch):  # one at a time, so that requests come in between
-            part = slice(start, start + self._max_batch)
+        start = 0
+        while start < len(texts):  # one batch at a time, so that requests come in between
+            batch = self._cut(texts[start : start + self._max_batch])
             try:
-                vectors[part] = self._worker.submit(self._call, texts[part]).result()
+                vectors[start : start + len(batch)] = self._worker.submit(self._call, batch).result()
             except (RuntimeError, CancelledError):  # shut down meanwhile
                 raise RouterClosed from None
+            start += len(batch)
         return vectors
 
     def close(self) -> None:
@@ -73,9 +92,21 @@ class MicroBatcher:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
-            batch = list(islice(self._waiting, self._max_batch))
+            batch = self._cut(self._waiting)
             for text, result in zip(batch, await loop.run_in_executor(self._worker, self._each, batch), strict=True):
                 self._settle(text, result)
+
+    def _cut(self, texts: Iterable[str]) -> list[str]:
+        """The first texts, as many as a batch may hold; one at least."""
+        pace = median(self._paces) if len(self._paces) == PACES else 0.0
+        batch: list[str] = []
+        cost = 0
+        for text in texts:
+            cost += ANY_TEXT + len(text)
+            if batch and (len(batch) == self._max_batch or cost * pace > self._max_delay):
+                break
+            batch.append(text)
+        return batch
 
     def _each(self, texts: list[str]) -> list[Vector | EncoderFailed]:
         """A result to each text: if the batch fails, one by one, so that one bad text fails nobody else."""
@@ -97,10 +128,12 @@ class MicroBatcher:
             future.set_result(result)
 
     def _call(self, texts: Sequence[str]) -> Vectors:
+        started = self._clock()
         try:
             vectors = self._encoder.encode(texts)
         except Exception as error:
             raise EncoderFailed(f"The encoder {self._encoder.id} failed: {error}") from error
+        self._paces.append((self._clock() - started) / sum(ANY_TEXT + len(text) for text in texts))
         if vectors.shape != (len(texts), self._encoder.dim):
             raise EncoderFailed(
                 f"The encoder {self._encoder.id} returned shape {vectors.shape} for {len(texts)} texts, "

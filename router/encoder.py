@@ -1,4 +1,4 @@
-"""Text to unit vectors: the `Encoder` protocol and its sentence-transformers implementation."""
+"""Text to unit vectors: the `Encoder` protocol, sentence-transformers behind it, and the choice of what runs it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router.errors import UnknownEncoder
+from router.errors import UnknownEncoder, UnsupportedEncoder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Vectors = NDArray[np.float32]
+Backend = Literal["auto", "torch", "onnx", "onnx-int8"]
 
 # What an embedding model needs. Weights are read from safetensors only, so no pickle is ever fetched.
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -72,8 +73,7 @@ class SentenceTransformerEncoder:
                 )
         except (OSError, ValueError) as error:
             raise UnknownEncoder(str(model or folder), f"{folder} holds no such model ({error}).") from error
-        name = "all-MiniLM-L6-v2" if model is None else str(model).rstrip("/").rsplit("/", 1)[-1]
-        self._id = f"{name}@{fingerprint(folder, prefix)}"
+        self._id = f"{model_name(model)}@{fingerprint(folder, prefix)}"
         self._dim = int(self._model.get_embedding_dimension() or 0)
         self._prefix = prefix
         self._batch_size = batch_size
@@ -99,6 +99,31 @@ class SentenceTransformerEncoder:
         return np.asarray(vectors, np.float32)
 
 
+def load_encoder(
+    model: str | Path | None = None,
+    *,
+    backend: Backend = "auto",
+    revision: str | None = None,
+    prefix: str = "",
+    threads: int | None = None,
+) -> Encoder:
+    """The encoder for a model, as `SentenceTransformerEncoder` takes it.
+
+    `onnx` and `onnx-int8` are ONNX Runtime in either precision; `auto` is the int8 one for the models it can run
+    (`router.onnx`), else `torch`. Raises UnknownEncoder; UnsupportedEncoder if a named backend cannot run the model.
+    """
+    if backend != "torch":
+        from router.onnx import OnnxEncoder
+
+        precision: Literal["fp32", "int8"] = "fp32" if backend == "onnx" else "int8"
+        try:
+            return OnnxEncoder(model, precision=precision, revision=revision, prefix=prefix, threads=threads)
+        except UnsupportedEncoder:
+            if backend != "auto":
+                raise
+    return SentenceTransformerEncoder(model, revision=revision, prefix=prefix, threads=threads)
+
+
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Loading takes a moment; transformers' bar for it would stand in the middle of the caller's output."""
@@ -111,6 +136,11 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def model_name(model: str | Path | None) -> str:
+    """What ids call a model: the last part of its name."""
+    return "all-MiniLM-L6-v2" if model is None else str(model).rstrip("/").rsplit("/", 1)[-1]
 
 
 def bundled_minilm() -> Path:

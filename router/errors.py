@@ -3,6 +3,7 @@
 RouterError
 ├── UnknownMethod        a method that this router does not serve
 ├── UnknownEncoder       no embedding model under that name or path
+├── UnsupportedEncoder   an embedding model that ONNX Runtime cannot run here
 ├── EncoderFailed        the embedding model raised, or returned something that is no embedding
 ├── RouterClosed         used after close()
 └── NotReady             routed before the first refresh()
@@ -28,6 +29,12 @@ class UnknownEncoder(RouterError):
     def __init__(self, name: str, detail: str) -> None:
         self.name = name
         super().__init__(f"No embedding model {name!r}: {detail}")
+
+
+class UnsupportedEncoder(RouterError):
+    def __init__(self, reasons: Iterable[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(f"ONNX Runtime cannot run this encoder: {'; '.join(self.reasons)}. Use the backend torch.")
 
 
 class EncoderFailed(RouterError):

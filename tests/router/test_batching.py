@@ -16,7 +16,7 @@ from router.errors import EncoderFailed, RouterClosed
 
 @pytest.fixture
 def batcher(words: Any) -> Iterator[MicroBatcher]:
-    batcher = MicroBatcher(words, max_batch=4)
+    batcher = MicroBatcher(words, max_batch=4, clock=lambda: 0.0)  # the gate is no measure of speed
     yield batcher
     words.gate.set()
     batcher.close()
@@ -159,6 +159,45 @@ async def test_a_request_comes_in_between_the_batches_of_a_large_job(batcher: Mi
     words.gate.set()
     await asyncio.gather(job, request)
     assert words.batches[1] == ["request"]
+
+
+class Clock:
+    """Time passes only while an encoder encodes: a millisecond to each text."""
+
+    def __init__(self, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self._encode = words.encode
+        monkeypatch.setattr(words, "encode", self.encode)
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        self.now += len(texts) / 1000
+        return self._encode(texts)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_batch_ends_where_it_would_take_too_long(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = MicroBatcher(words, max_batch=16, max_delay=0.0055, clock=Clock(words, monkeypatch))
+    batcher.encode_all([f"{n:03}" for n in range(8 * 16)])  # learns its speed
+    words.batches.clear()
+    batcher.encode_all([f"{n:03}" for n in range(12)])
+    assert [len(batch) for batch in words.batches] == [5, 5, 2]
+    words.batches.clear()
+    batcher.encode_all(["long " * 1000, "and", "two"])
+    assert [len(batch) for batch in words.batches] == [1, 2]
+    batcher.close()
+
+
+async def test_requests_are_cut_into_batches_like_a_large_job(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = MicroBatcher(words, max_batch=16, max_delay=0.0055, clock=Clock(words, monkeypatch))
+    await asyncio.to_thread(batcher.encode_all, [f"{n:03}" for n in range(8 * 16)])
+    words.batches.clear()
+    tasks = await waiting(batcher, words, [f"{n:03}" for n in range(12)])
+    words.gate.set()
+    await asyncio.gather(*tasks)
+    assert [len(batch) for batch in words.batches] == [1, 5, 5, 2]
+    batcher.close()
 
 
 async def test_a_batcher_serves_a_second_event_loop_after_the_first(batcher: MicroBatcher) -> None:

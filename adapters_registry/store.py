@@ -63,14 +63,18 @@ class Store:
     def digests(self) -> list[str]:
         return sorted(each.name for each in self.root.iterdir() if not each.name.startswith("."))
 
-    def stage(self) -> Staged:
-        """An empty folder to fill; close it, whatever happens."""
+    def hold(self, digest: str) -> int | None:
+        """A descriptor that keeps a folder from being deleted until it is closed; None when it is not there."""
+        return _lock(self.path(digest), fcntl.LOCK_SH)
+
+    def stage(self, digest: str | None = None) -> Staged:
+        """An empty folder to fill; close it, whatever happens. `digest`: its address, when not its content's."""
         while True:
             folder = self._staging / uuid.uuid4().hex
             with refuse_when_full(self.root):
                 folder.mkdir()
             if (lock := _lock(folder, fcntl.LOCK_SH)) is not None:
-                return Staged(self, folder, lock)
+                return Staged(self, folder, lock, digest)
 
     def collect(self, referenced: Callable[[str], bool]) -> list[str]:
         """Delete abandoned staging folders and the digests that nobody needs; returns those digests.
@@ -108,17 +112,18 @@ class Staged:
     Leaving it without `publish` deletes it; after `publish`, `path` is final.
     """
 
-    def __init__(self, store: Store, folder: Path, lock: int) -> None:
+    def __init__(self, store: Store, folder: Path, lock: int, digest: str | None = None) -> None:
         self._store = store
         self._lock: int | None = lock
+        self._address = digest
         self.path = folder
         self._published = False
         self._outlives = False
 
     @cached_property
     def digest(self) -> str:
-        """The content's address; to be asked for when all files are here."""
-        return content_digest(self.path)
+        """Its address, the content's unless another was given; to be asked for when all files are here."""
+        return self._address or content_digest(self.path)
 
     def add(self, name: str, source: BinaryIO) -> None:
         """Write a file, synced to disk. Raises StoreFull."""

@@ -30,13 +30,24 @@ class Weighted(BaseModel):
     weight: float = 1.0
 
 
+class Verdict(BaseModel):
+    """What follows from the evidence E that a probe reads from the prompt: p = softmax(log prior + beta E).
+
+    The likeliest expert answers, or with `blend` all of them in proportion to p.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    beta: float = Field(default=0.3, gt=0)
+    blend: bool = False
+
+
 class Decision(BaseModel):
     """What the router decided for one prompt.
 
     `base` abstains (no experts); `select` names one expert; `blend` and `gate` name several. A gate, a name in
-    `router.gating.GATES`, weighs its experts token by token; their own weights are what it starts from. A gate that
-    only reads evidence says in `then` what follows from it: one of the experts answers (`select`), or all of them in
-    proportion (`blend`).
+    `router.gating.GATES`, weighs its experts token by token; their own weights are what it starts from. With a
+    `verdict` the gate only reads the prompt, and what it finds decides who answers.
     `confidence` is in [0, 1]; `threshold` is the score under which the method abstains.
     `timings` are milliseconds by stage (`encode`, `search`, `total`); `generation` is the registry's.
     """
@@ -49,7 +60,7 @@ class Decision(BaseModel):
     experts: tuple[Weighted, ...] = ()
     gate: str | None = None
     gate_settings: dict[str, Any] = Field(default_factory=dict)
-    then: Literal["select", "blend"] | None = None
+    verdict: Verdict | None = None
     confidence: float = 0.0
     threshold: float | None = None
     candidates: tuple[Candidate, ...] = ()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from router.batching import Vector
-from router.decision import Candidate, Decision, Kind, Weighted
+from router.decision import Candidate, Decision, Kind, Verdict, Weighted
 from router.library import Library, Mask
 from router.taxonomy import Taxonomy
 
@@ -39,13 +39,13 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Who answers: (position in the library, weight) of each; `kind`, `gate` and `then` as in a Decision."""
+    """Who answers: (position in the library, weight) of each; `kind`, `gate` and `verdict` as in a Decision."""
 
     experts: Sequence[tuple[int, float]]
     kind: Kind = "select"
     gate: str | None = None
     gate_settings: Mapping[str, Any] = field(default_factory=dict)
-    then: Literal["select", "blend"] | None = None
+    verdict: Verdict | None = None
     reason: str = ""
 
 
@@ -125,7 +125,7 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
         experts=tuple(Weighted(expert=experts[k].name, id=experts[k].id, weight=w) for k, w in choice.experts),
         gate=choice.gate,
         gate_settings=dict(choice.gate_settings),
-        then=choice.then,
+        verdict=choice.verdict,
         confidence=certainty,
         threshold=threshold,
         candidates=candidates,

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 
 import adapters_registry.errors as registry_errors
 import router.errors as router_errors
+from router.composite import CompositeError
 from serving.engine import AdapterLoadFailed, EngineUnavailable
 
 
@@ -42,6 +43,16 @@ class ModelNotFound(ApiError):
         )
 
 
+class TraceNotFound(ApiError):
+    status, code = 404, "trace_not_found"
+
+    def __init__(self, decision: str) -> None:
+        super().__init__(
+            f"There is no trace of decision '{decision:.80}': it was not asked for ('moerge': {{'trace': true}}), "
+            "no gate decided, or newer traces have taken its place."
+        )
+
+
 class Unauthorized(ApiError):
     status, kind, code = 401, "authentication_error", "invalid_api_key"
 
@@ -62,6 +73,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (registry_errors.NotOwner, 403, "permission_error", "not_owner"),
     (registry_errors.RegistryUnusable, 503, "server_error", "registry_unavailable"),
     (registry_errors.RegistryError, 409, "invalid_request_error", "registry_conflict"),
+    (CompositeError, 422, "invalid_request_error", "composite_refused"),
     (router_errors.UnknownMethod, 404, "invalid_request_error", "model_not_found"),
     (router_errors.RouterError, 503, "server_error", "router_unavailable"),
     (AdapterLoadFailed, 503, "server_error", "expert_load_failed"),

@@ -18,15 +18,20 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from adapters_registry.errors import ExpertNotFound
+from adapters_registry.errors import ExpertNotFound, StoreFull
+from router.composite import CompositeError
 from router.decision import Decision, Weighted
 from router.errors import UnknownMethod
+from router.gating import GATES
 from router.text import routing_text
 from serving import metrics
 from serving.auth import Caller
 from serving.engine import AdapterLoadFailed, EngineUnavailable, Message, Receive, Scope, Send
 from serving.errors import BadRequest, ModelNotFound, error_response
+from serving.extension import Extension, take_extension
+from serving.probing import probe
 from serving.service import Service
+from serving.traces import trace_of
 
 logger = logging.getLogger("moerge.request")
 
@@ -59,13 +64,17 @@ class Exchange:
     path: str
     model: str = ""
     decision: Decision | None = None
+    traced: bool = False
+    trace: str | None = None  # the engine's key for a trace that is still to be fetched
+    tenant: str | None = None
     status: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     def headers(self) -> dict[str, str]:
         if (decision := self.decision) is None:
             return {}
-        return {
+        traced = {"x-moerge-trace": f"/v1/traces/{decision.id}"} if self.traced and self.status == 200 else {}
+        return traced | {
             "x-moerge-decision-id": decision.id,
             "x-moerge-method": decision.method,
             "x-moerge-experts": ",".join(f"{each.expert}={each.weight:.4g}" for each in decision.experts),
@@ -113,10 +122,11 @@ class Inference:
         try:
             caller = await self._service.authenticator.caller(Headers(raw=scope["headers"]))
             caller.require("infer")
+            exchange.tenant = caller.tenant
             raw = await read_body(receive)
             body = await parse(raw)
-            async with self._answering(exchange, body, caller) as name:
-                raw = await renamed(raw, body, name)
+            async with self._answering(exchange, body, caller) as changed:
+                raw = await rewritten(raw, body, changed)
                 await self._service.engine.app(*forward(scope, receive, raw), answer)
         except Disconnected:
             pass  # the client left before it had sent its request
@@ -130,53 +140,109 @@ class Inference:
             exchange.record()
 
     @contextlib.asynccontextmanager
-    async def _answering(self, exchange: Exchange, body: dict[str, Any], caller: Caller) -> AsyncIterator[str]:
-        """Decide, and hold what answers in the engine for the block; gives the engine's name for it."""
+    async def _answering(
+        self, exchange: Exchange, body: dict[str, Any], caller: Caller
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Decide, and hold what answers in the engine for the block; gives the body as the engine should get it."""
         service = self._service
         exchange.model = model = requested_model(body)
+        changed, extension = take_extension(body)
         if service.failure is not None:
             raise EngineUnavailable(service.failure)
         if exchange.path in TOKEN_PATHS and (model == AUTO or model.startswith(f"{AUTO}:")):
-            model = service.engine.base_model
-        exchange.decision = decision = await decide(service, model, body, caller)
+            model, extension = service.engine.base_model, Extension()
+        exchange.decision = decision = await decide(service, model, changed, caller, extension=extension)
         async with contextlib.AsyncExitStack() as stack:
-            for each in decision.experts:
-                try:
-                    expert = service.expert(each.id)
-                    await stack.enter_async_context(service.residency.lease(service.adapter(expert)))
-                except (AdapterLoadFailed, ExpertNotFound) as error:
-                    if decision.method == NAMED:
-                        raise
-                    logger.warning("%s: %s The base model answers instead.", decision.id, error)
-                    metrics.FALLBACKS.labels(each.expert).inc()
-                    exchange.decision = decision = decision.model_copy(
-                        update={"kind": "base", "experts": (), "reason": str(error)}
-                    )
-            yield decision.experts[0].id if decision.experts else service.engine.base_model
+            try:
+                if decision.verdict is not None:
+                    keep = extension.trace
+                    decision = await probe(service, exchange.path, changed, decision, trace=keep, tenant=caller.tenant)
+                    exchange.decision = decision
+                name = await stack.enter_async_context(service.hold(decision))
+            except FAILURES as error:
+                if decision.method == NAMED:
+                    raise
+                exchange.decision = decision = fallen_back(decision, error)
+                name = service.engine.base_model
+            if extension.trace and decision.kind == "gate":
+                exchange.trace = decision.id
+            exchange.traced = exchange.trace is not None or decision.id in service.traces
+            yield with_arguments({**changed, "model": name}, arguments(decision, exchange.trace))
 
 
 NAMED = "named"
+#: What can go wrong with a decision that the base model can make up for.
+FAILURES = (AdapterLoadFailed, CompositeError, ExpertNotFound, StoreFull)
+
+
+def fallen_back(decision: Decision, error: Exception) -> Decision:
+    """The base model answers instead, for this reason."""
+    logger.warning("%s: %s The base model answers instead.", decision.id, error)
+    for each in decision.experts:
+        metrics.FALLBACKS.labels(each.expert).inc()
+    return decision.model_copy(
+        update={
+            "kind": "base",
+            "experts": (),
+            "gate": None,
+            "gate_settings": {},
+            "verdict": None,
+            "reason": str(error),
+        }
+    )
+
+
+def arguments(decision: Decision, trace: str | None) -> dict[str, Any]:
+    """What the engine's gates are told of one request: weights that somebody chose, and whether to keep a trace."""
+    told: dict[str, Any] = {} if trace is None else {"moerge_trace": trace, "moerge_collect": "gates"}
+    weights = [each.weight for each in decision.experts]
+    if decision.gate is not None and GATES[decision.gate].takes_weights and not equal(weights):
+        told["moerge_weights"] = weights
+    return told
+
+
+def equal(weights: list[float]) -> bool:
+    """1/K each, which gates assume without being told, so that such requests share their prefix cache."""
+    return all(abs(weight * len(weights) - 1) < 1e-9 for weight in weights)
+
+
+def with_arguments(body: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """The body with these among its `vllm_xargs`."""
+    return {**body, "vllm_xargs": {**(body.get("vllm_xargs") or {}), **told}} if told else body
 
 
 async def decide(
-    service: Service, model: str, body: dict[str, Any], caller: Caller, *, limit: int | None = 5
+    service: Service,
+    model: str,
+    body: dict[str, Any],
+    caller: Caller,
+    *,
+    extension: Extension | None = None,
+    limit: int | None = 5,
 ) -> Decision:
     """The decision for this `model`: the router's for `auto`, the caller's own for anything else.
 
     `limit` is how many candidates the router lists, None all. Raises ModelNotFound, also for another tenant's
     private expert.
     """
+    extension = extension or Extension()
+    if extension.experts:
+        if model != AUTO:
+            raise BadRequest(f"'moerge.experts' answer instead of '{model:.80}': send 'model': 'auto'.", param="moerge")
+        return extension.decision(service, caller)
     if model == AUTO or model.startswith(f"{AUTO}:"):
-        method = model.removeprefix(AUTO).removeprefix(":") or None
+        method = model.removeprefix(AUTO).removeprefix(":") or extension.gate
         if model == f"{AUTO}:":
             raise ModelNotFound(model)
         text = routing_text(body, service.settings.router.budget)
         try:
             decision = await service.router.route(text, method=method, tenant=caller.tenant, limit=limit)
         except UnknownMethod as error:
-            raise ModelNotFound(model) from error
+            raise ModelNotFound(model if extension.gate is None else f"{AUTO}:{extension.gate}") from error
         metrics.ROUTE_SECONDS.labels(decision.method).observe(decision.timings.get("total", 0.0) / 1e3)
-        return decision
+        return extension.applied(decision)
+    if extension.gate is not None:
+        raise BadRequest(f"'moerge.gate' needs 'model': 'auto'; '{model:.80}' answers itself.", param="moerge")
     if model == service.engine.base_model:
         return Decision(method=NAMED, kind="base", confidence=1.0, generation=service.generation)
     expert = service.active(model)
@@ -228,13 +294,12 @@ async def parse(raw: bytes) -> dict[str, Any]:
     return body
 
 
-async def renamed(raw: bytes, body: dict[str, Any], name: str) -> bytes:
-    """The same request with `model` set to the engine's name. Raises BadRequest."""
-    if body.get("model") == name:
+async def rewritten(raw: bytes, body: dict[str, Any], changed: dict[str, Any]) -> bytes:
+    """The request as the engine should get it; its own bytes when nothing is changed. Raises BadRequest."""
+    if changed == body:
         return raw
-    body = {**body, "model": name}
     try:
-        text = json.dumps(body) if len(raw) < PARSE_IN_THREAD else await asyncio.to_thread(json.dumps, body)
+        text = json.dumps(changed) if len(raw) < PARSE_IN_THREAD else await asyncio.to_thread(json.dumps, changed)
     except RecursionError as error:  # reading goes a little deeper than writing
         raise BadRequest("The request body is nested too deeply.") from error
     return text.encode()
@@ -279,7 +344,18 @@ class Answer:
                 return
             await self._start(message["status"], list(message.get("headers", ())))
         else:
+            if not message.get("more_body", False):
+                await self._keep_trace()
             await self._send(message)
+
+    async def _keep_trace(self) -> None:
+        """Before the end is sent, so that whoever has seen the end can ask for it."""
+        exchange, service = self._exchange, self._service
+        if exchange.trace is None or exchange.status != 200:
+            return
+        found = await service.engine.trace(exchange.trace)
+        if found is not None and (decision := exchange.decision) is not None:
+            service.traces.put(exchange.tenant, trace_of(exchange.model, decision, decision, found))
 
     async def refuse(self, error: Exception) -> None:
         """Answer with an error instead."""

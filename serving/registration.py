@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import httpx
-
 from adapters_registry.errors import ExpertRefused, Reason, RegistryError, SameContent
 from adapters_registry.expert import Check, Expert, State
 from adapters_registry.proposal import HubSource, Proposal
 from adapters_registry.prototypes import prototypes_of
 from serving import metrics
 from serving.engine import AdapterLoadFailed, EngineUnavailable
+from serving.internal import post
+from serving.materializer import adapter_of
 from serving.service import Service
 
 #: Told of every stage (fetch, validate, store, try, embed, done) with a fraction in [0, 1].
@@ -123,7 +123,7 @@ async def behaviour(service: Service, expert: Expert) -> Check:
     as both say the same. Raises ExpertRefused when the engine does not take the adapter.
     """
     prompts = [sample.prompt[:PROBE_CHARS] for sample in expert.samples[:PROBES]] or list(NEUTRAL)
-    adapter, limit = service.adapter(expert), service.settings.registry.min_effect
+    adapter, limit = adapter_of(expert), service.settings.registry.min_effect
     try:
         async with service.residency.lease(adapter):
             models = (service.engine.base_model, adapter.name)
@@ -144,10 +144,8 @@ Step = tuple[str, dict[str, float]]
 
 async def ask(service: Service, model: str, prompt: str) -> list[Step]:
     """Greedy continuation: (token, log-probabilities of the likeliest tokens) for each step."""
-    transport = httpx.ASGITransport(app=service.engine.app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=None) as client:  # noqa: S113
-        body = {"model": model, "prompt": prompt, "max_tokens": PROBE_TOKENS, "temperature": 0, "logprobs": 5}
-        response = await client.post("/v1/completions", json=body)
+    body = {"model": model, "prompt": prompt, "max_tokens": PROBE_TOKENS, "temperature": 0, "logprobs": 5}
+    response = await post(service.engine, "/v1/completions", body)
     if response.status_code >= 500:
         raise EngineUnavailable(f"The engine could not answer the behaviour check: {response.text:.300}")
     if response.status_code >= 400:

@@ -52,6 +52,10 @@ class Residency:
         else:
             await self._unload(name)
 
+    def names(self) -> frozenset[str]:
+        """Adapters that are loaded, on their way, or answering now."""
+        return frozenset(self._leases)
+
     def digests(self) -> frozenset[str]:
         """Contents of the adapters that are loaded or answering now: their files must stay."""
         return frozenset(self._digests.values())

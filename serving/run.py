@@ -109,7 +109,7 @@ def build_service(plan: Plan) -> Service:
         ),
     )
     encoder = SentenceTransformerEncoder(settings.router.encoder, threads=settings.router.encoder_threads)
-    router = Router(encoder, settings.router)
+    router = Router(encoder, settings.router, max_rank=settings.engine.max_rank)
     engine = EmbeddedVllm(settings.engine, model=base.path, served_name=base.served_name, revision=base.revision)
     return Service(settings, registry, router, engine)
 

@@ -6,18 +6,22 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from adapters_registry.errors import ExpertNotFound, RegistryError
 from adapters_registry.expert import Expert
 from adapters_registry.registry import Registry
+from router.decision import Decision
 from router.router import Router
 from serving import metrics
 from serving.auth import Authenticator
+from serving.calibration import Calibration
 from serving.config import Settings
-from serving.engine import Adapter, Engine
+from serving.engine import Engine
+from serving.materializer import Materializer
 from serving.residency import Residency
+from serving.traces import Traces
 
 logger = logging.getLogger("moerge")
 
@@ -40,6 +44,15 @@ class Service:
         self.router = router
         self.engine = engine
         self.residency = Residency(engine, settings.engine.resident)
+        self.materializer = Materializer(
+            registry.store.root.with_name("composites"),
+            find=self.expert,
+            tensors=lambda expert, key: registry.tensors(expert.name, expert.version, key),
+            max_rank=settings.engine.max_rank,
+            max_bytes=int(settings.engine.composites_mb * 2**20),
+        )
+        self.calibration = Calibration(self)
+        self.traces = Traces()
         self.authenticator = Authenticator(registry.keys, always=not settings.server.loopback)
         self.failure: str | None = "The engine is still starting; try again in a few seconds."
         self.preparing: str | None = "The experts are being registered."
@@ -63,10 +76,12 @@ class Service:
         ]
 
     async def stop(self) -> None:
+        self.calibration.stopping = True
         await asyncio.gather(*self._work, return_exceptions=True)  # registrations finish: whole or absent
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.materializer.close()
         await self.engine.stop()
         self.router.close()
         await asyncio.to_thread(self.registry.close)
@@ -104,9 +119,19 @@ class Service:
         expert = self.active(model)
         return model == self.engine.base_model or (expert is not None and expert.visible_to(tenant))
 
-    @staticmethod
-    def adapter(expert: Expert) -> Adapter:
-        return Adapter(name=expert.id, path=expert.path, shown=expert.name, digest=expert.digest)
+    @contextlib.asynccontextmanager
+    async def hold(self, decision: Decision) -> AsyncIterator[str]:
+        """Have what answers a decision loaded for the block; gives the engine's name for it.
+
+        Raises AdapterLoadFailed, EngineUnavailable, CompositeError, ExpertNotFound.
+        """
+        if decision.kind == "base":
+            yield self.engine.base_model
+            return
+        if decision.kind == "gate":
+            await self.calibration.ensure(decision)
+        async with self.materializer.hold(decision) as adapter, self.residency.lease(adapter):
+            yield adapter.name
 
     # Keeping in step
 
@@ -120,6 +145,8 @@ class Service:
             self._by_id = {**self._by_id, **active}
             self._active = {expert.name: expert for expert in experts}
             self.generation = generation
+            self.materializer.renew()
+            self.calibration.renew()
         metrics.EXPERTS.set(len(self._active))
         metrics.GENERATION.set(self.generation)
 
@@ -142,8 +169,13 @@ class Service:
             del self._left[key]
             del self._by_id[key]
             await self.residency.release(key)
+        if self.generation >= 0:  # before the first refresh nobody is known
+            for name in self.materializer.forget(lambda member: member not in self._by_id):
+                await self.residency.release(name)
+            await self.materializer.tidy(self.residency.names() | self.engine.loaded())
         if late:
-            needed = {self._by_id[key].digest for key in self._left} | self.residency.digests()
+            left = {self._by_id[key].digest for key in self._left}
+            needed = left | self.residency.digests() | self.materializer.digests()
             await asyncio.to_thread(self.registry.collect, needed)
 
     async def _watch(self) -> None:

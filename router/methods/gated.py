@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from router.decision import Verdict
 from router.library import Library
 from router.method import Choice, Method, MethodSettings, Query, Scores, fitted
 from router.methods.retrieval import Retrieval, RetrievalSettings
@@ -129,13 +130,15 @@ class Gated(Method):
         if len(members) < 2:
             return Choice([(wanted[0], 1.0)], reason=reason)
         weights = self._weights(scores[members], self._cold[members])
-        then = ("blend" if self.settings.blend else "select") if isinstance(self.settings, ProbeSettings) else None
+        verdict = None
+        if isinstance(self.settings, ProbeSettings):
+            verdict = Verdict(beta=self.settings.beta, blend=self.settings.blend)
         return Choice(
             list(zip(members, weights.tolist(), strict=True)),
             kind="gate",
             gate=self.name,
             gate_settings=self.gate_settings,
-            then=then,  # type: ignore[arg-type]
+            verdict=verdict,
             reason=reason,
         )
 

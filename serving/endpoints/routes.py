@@ -9,20 +9,31 @@ from pydantic import BaseModel
 
 from router.decision import Decision
 from router.text import routing_text
+from serving.auth import Caller
 from serving.endpoints.common import InferCaller, ServiceDep
 from serving.errors import BadRequest, ModelNotFound
-from serving.inference import AUTO, decide, requested_model
+from serving.extension import take_extension
+from serving.inference import AUTO, arguments, decide, requested_model
+from serving.internal import one_token, post
+from serving.probing import probe
+from serving.service import Service
+from serving.traces import Trace, trace_of
 
 endpoints = APIRouter(tags=["routing"])
 
 
 class Explanation(BaseModel):
-    """A decision with every candidate's score, and the text it was made from."""
+    """A decision with every candidate's score, the text it was made from, and how the gates weighed its tokens."""
 
     object: Literal["route"] = "route"
     model: str
     text: str
     decision: Decision
+    trace: Trace | None = None
+
+
+#: Where a body of this kind would be sent.
+KINDS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/responses"}
 
 
 @endpoints.post("/v1/route")
@@ -34,9 +45,17 @@ async def explain_route(
     service: ServiceDep,
     caller: InferCaller,
 ) -> Explanation:
-    """Takes the body of any inference request (`messages`, `prompt` or `input`)."""
+    """Takes the body of any inference request (`messages`, `prompt` or `input`).
+
+    With `"trace": true` the prompt is read once, to see which experts a gate uses for it.
+    """
     model = requested_model(body)
-    if not any(key in body for key in ("messages", "prompt", "input")):
+    wanted = body.get("trace", False)
+    if not isinstance(wanted, bool):
+        raise BadRequest(f"'trace' is true or false; got {wanted!r:.80}.", param="trace")
+    body, extension = take_extension({key: value for key, value in body.items() if key != "trace"})
+    path = next((path for key, path in KINDS.items() if key in body), None)
+    if path is None:
         raise BadRequest("Nothing to route: send 'messages', 'prompt' or 'input', as for an inference request.")
     if model != AUTO and not model.startswith(f"{AUTO}:"):
         raise (
@@ -47,5 +66,29 @@ async def explain_route(
                 param="model",
             )
         )
-    decision = await decide(service, model, body, caller, limit=None)
-    return Explanation(model=model, text=routing_text(body, service.settings.router.budget), decision=decision)
+    decision = await decide(service, model, body, caller, extension=extension, limit=None)
+    trace = None
+    if wanted or extension.trace:
+        decision, trace = await traced(service, path, body, decision, model, caller)
+    text = routing_text(body, service.settings.router.budget)
+    return Explanation(model=model, text=text, decision=decision, trace=trace)
+
+
+async def traced(
+    service: Service, path: str, body: dict[str, Any], decision: Decision, model: str, caller: Caller
+) -> tuple[Decision, Trace | None]:
+    """The decision as it is made with the prompt read, and the trace of that; None where no gate weighs anything.
+
+    Raises as `service.hold` does, and BadRequest when the engine does not take the prompt.
+    """
+    if decision.verdict is not None:
+        decision = await probe(service, path, body, decision, trace=True, tenant=caller.tenant)
+    if decision.kind == "gate":
+        async with service.hold(decision) as name:
+            response = await post(service.engine, path, one_token(path, body, name, arguments(decision, decision.id)))
+            found = await service.engine.trace(decision.id)
+        if response.status_code != 200:
+            raise BadRequest(f"The engine does not take this prompt: {response.text:.300}")
+        if found is not None:
+            service.traces.put(caller.tenant, trace_of(model, decision, decision, found))
+    return decision, service.traces.get(decision.id, caller.tenant)

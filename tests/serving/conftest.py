@@ -18,16 +18,19 @@ import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from safetensors import safe_open
 
 from adapters_registry.base import BaseSpec
 from adapters_registry.expert import Expert, Sample, State
+from adapters_registry.lora import CONFIG, WEIGHTS
 from adapters_registry.proposal import FolderSource, Proposal
 from adapters_registry.registry import Registry
 from router.encoder import Vectors
+from router.gating.layout import KEY, Layout
 from router.router import Router
 from serving.app import create_app
 from serving.config import Settings
-from serving.engine import Adapter, AdapterLoadFailed, ASGIApp, EngineError, EngineUnavailable, Message
+from serving.engine import Adapter, AdapterLoadFailed, ASGIApp, EngineError, EngineUnavailable, Message, Trace
 from serving.service import Service
 
 #: What the experts of the library answer, by name; `auto` finds them by these words.
@@ -54,6 +57,7 @@ class FakeEngine:
     gate       requests wait for it before they answer, and at every chunk of a stream
     dead       every request is a 500, health says so, until it is started again
     lost       names whose adapter went away under a request: must stay empty
+    evidence   what a composite reads from any prompt, by expert's name; 0 for the others
     """
 
     base_model = "tiny"
@@ -73,6 +77,9 @@ class FakeEngine:
         self.hangups = 0
         self.waiting = 0
         self.lost: list[str] = []
+        self.evidence: dict[str, float] = {}
+        self.paths: dict[str, Path] = {}
+        self.traces: dict[str, Trace] = {}
         self.answer: tuple[int, dict[str, Any]] | None = None  # instead of the usual one
 
     @property
@@ -99,7 +106,7 @@ class FakeEngine:
             raise EngineUnavailable("The engine is down.")
         if adapter.shown in self.refuses or not await asyncio.to_thread(adapter.path.is_dir):
             raise AdapterLoadFailed(adapter.shown, "it is not for me")
-        self.shown[adapter.name] = adapter.shown
+        self.shown[adapter.name], self.paths[adapter.name] = adapter.shown, adapter.path
 
     async def unload(self, name: str) -> None:
         await asyncio.sleep(0)  # the worst that the protocol allows: it takes effect late
@@ -107,6 +114,26 @@ class FakeEngine:
 
     def loaded(self) -> frozenset[str]:
         return frozenset(self.shown)
+
+    async def trace(self, key: str) -> Trace | None:
+        await asyncio.sleep(0)
+        return self.traces.pop(key, None)
+
+    def _traced(self, folder: Path, arguments: dict[str, Any]) -> Trace:
+        """Weights as told, else equal ones, in two groups; three tokens that all have the same largest weight."""
+        layout = layout_of(folder)
+        K = len(layout.members)
+        weights = np.array(arguments.get("moerge_weights") or [1 / K] * K)
+        evidence = np.array([self.evidence.get(each.id.partition("@")[0], 0.0) for each in layout.members])
+        moments: dict[str, Any] = {}
+        if arguments.get("moerge_collect") == "moments":
+            for module in modules_of(folder):
+                moments[f"{module}.count"] = np.full(K, 3.0)
+                moments[f"{module}.score"] = np.arange(1.0, K + 1) * 3
+                moments[f"{module}.square"] = (np.arange(1.0, K + 1) ** 2 + 0.25) * 3
+                moments[f"{module}.z"] = np.full(layout.rank, 6.0)
+        top = np.full(3, weights.argmax())
+        return Trace(("qkv_proj", "o_proj"), 3, np.stack([weights, weights]), top, evidence, moments)
 
     async def health(self) -> str | None:
         return None if self.running and not self.dead else "The engine stopped."
@@ -126,6 +153,9 @@ class FakeEngine:
         if not body.get("stream") and not await self._open(receive):
             return
         who = self.shown.get(name, self.base_model)
+        if (key := (body.get("vllm_xargs") or {}).get("moerge_trace")) is not None and self.answer is None:
+            folder = self.paths[name]
+            self.traces[key] = await asyncio.to_thread(self._traced, folder, body["vllm_xargs"])
         if self.dead:
             await respond(send, 500, {"error": {"message": "EngineDeadError"}})
         elif self.answer is not None:
@@ -180,6 +210,17 @@ class FakeEngine:
                 return {"tokens": [1, 2, 3]}
             case _:
                 return {"text": text}
+
+
+def layout_of(folder: Path) -> Layout:
+    return Layout.model_validate(json.loads((folder / CONFIG).read_bytes())[KEY])
+
+
+def modules_of(folder: Path) -> list[str]:
+    """`model.layers.0.self_attn.q_proj`, ..."""
+    with safe_open(folder / WEIGHTS, "np") as tensors:
+        names = [name.removeprefix("base_model.model.") for name in tensors.keys()]  # noqa: SIM118
+    return sorted(name.removesuffix(".lora_A.weight") for name in names if ".lora_A." in name)
 
 
 def said(body: dict[str, Any]) -> str:
@@ -351,7 +392,9 @@ def make_service(base: BaseSpec, adapters: list[Path]) -> Callable[..., Service]
     def make(folder: Path, **given: Any) -> Service:
         settings = settings_for(folder, adapters[0].parent, **given)
         registry = Registry.open(folder, base=base)
-        return Service(settings, registry, Router(WordsEncoder(), settings.router), FakeEngine())
+        return Service(
+            settings, registry, Router(WordsEncoder(), settings.router, max_rank=settings.engine.max_rank), FakeEngine()
+        )
 
     return make
 

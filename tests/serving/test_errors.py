@@ -12,8 +12,18 @@ from starlette.exceptions import HTTPException
 import adapters_registry.errors as registry_errors
 import router.errors as router_errors
 from adapters_registry.errors import Reason
+from router.composite import CompositeError
 from serving.engine import AdapterLoadFailed, EngineUnavailable
-from serving.errors import TABLE, ApiError, BadRequest, Forbidden, ModelNotFound, Unauthorized, error_response
+from serving.errors import (
+    TABLE,
+    ApiError,
+    BadRequest,
+    Forbidden,
+    ModelNotFound,
+    TraceNotFound,
+    Unauthorized,
+    error_response,
+)
 
 CASES = [
     (BadRequest("no"), 400, "invalid_request_error", None),
@@ -23,10 +33,12 @@ CASES = [
     (ModelNotFound("x"), 404, "invalid_request_error", "model_not_found"),
     (router_errors.UnknownMethod("x", ["y"]), 404, "invalid_request_error", "model_not_found"),
     (registry_errors.ExpertNotFound("x", ["y"]), 404, "invalid_request_error", "expert_not_found"),
+    (TraceNotFound("x"), 404, "invalid_request_error", "trace_not_found"),
     (registry_errors.VersionNotFound("x", 3), 404, "invalid_request_error", "version_not_found"),
     (registry_errors.InvalidTransition("no"), 409, "invalid_request_error", "registry_conflict"),
     (HTTPException(413, "no"), 413, "invalid_request_error", "request_too_large"),
     (registry_errors.ExpertRefused("x", [Reason("a", "b")]), 422, "invalid_request_error", "expert_refused"),
+    (CompositeError(["no"]), 422, "invalid_request_error", "composite_refused"),
     (registry_errors.SourceNotFound("no"), 422, "invalid_request_error", "source_not_found"),
     (registry_errors.SourceGated("no"), 422, "invalid_request_error", "source_gated"),
     (RuntimeError("a secret"), 500, "server_error", "internal_error"),

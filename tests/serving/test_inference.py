@@ -55,7 +55,7 @@ async def test_the_base_model_can_be_named(world):
     assert world.engine.shown == {}
 
 
-@pytest.mark.parametrize("model", ["gpt-4", "auto:arrow", "auto:", "Reverse", "reverse@0000", "", 7, ["auto"], {}])
+@pytest.mark.parametrize("model", ["gpt-4", "auto:phatgoose", "auto:", "Reverse", "reverse@0000", "", 7, ["auto"], {}])
 async def test_any_other_model_is_refused_as_openai_does(world, model):
     response = await world.ask(model, REVERSE)
     error = response.json()["error"]

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from adapters_registry.expert import Expert
-from router.decision import Decision
+from router.decision import Decision, Verdict
 from router.gating import GATES
 from router.library import Library, build
 from router.method import Query, decide, fitted
@@ -60,7 +60,7 @@ def test_every_gate_is_a_method_and_those_that_need_nothing_else_are_served() ->
 
 def test_the_shortlist_is_retrieval_s_best_in_the_order_of_names(words: Any, experts: list[Expert]) -> None:
     decision = route(words, experts, WRITE, shortlist=2)
-    assert (decision.kind, decision.gate, decision.then) == ("gate", "arrow", None)
+    assert (decision.kind, decision.gate, decision.verdict) == ("gate", "arrow", None)
     assert names(decision) == ["shout", "whisper"]
     assert [each.weight for each in decision.experts] == [0.5, 0.5]
     assert decision.gate_settings == GATES["arrow"].Settings().model_dump(mode="json")
@@ -162,10 +162,10 @@ def test_a_mixture_is_weighted_by_retrieval(words: Any, experts: list[Expert], m
 
 def test_a_probe_says_what_follows_from_it(words: Any, experts: list[Expert]) -> None:
     plain = route(words, experts, WRITE, "probe")
-    assert (plain.gate, plain.then) == ("probe", "select")
+    assert (plain.gate, plain.verdict) == ("probe", Verdict())
     assert len({each.weight for each in plain.experts}) == 1
     prior = route(words, experts, WRITE, "probe", prior=True, blend=True)
-    assert prior.then == "blend"
+    assert prior.verdict == Verdict(blend=True)
     assert max(prior.experts, key=lambda each: each.weight).expert == "shout"
 
 

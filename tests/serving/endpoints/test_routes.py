@@ -66,7 +66,7 @@ async def test_a_method_can_be_asked_for(serve):
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [
-        ({"model": "auto:arrow", "prompt": "x"}, 404, "auto:arrow"),
+        ({"model": "auto:meteora", "prompt": "x"}, 404, "auto:meteora"),
         ({"model": "unheard-of", "prompt": "x"}, 404, "unheard-of"),
         ({"model": "reverse", "prompt": "x"}, 400, "answers itself"),
         ({"model": "tiny", "prompt": "x"}, 400, "answers itself"),

@@ -1,0 +1,38 @@
+"""Prompts about nothing in particular, for libraries too small to lend each other theirs."""
+
+from __future__ import annotations
+
+NEUTRAL = (
+    "Hello, who are you?",
+    "Write one sentence about the sea.",
+    "2 + 2 =",
+    "Name three colours.",
+    "What is the capital of France?",
+    "Explain what a bicycle is to a child.",
+    "List five animals that live in the forest.",
+    "Translate 'good morning' into Spanish.",
+    "How do I boil an egg?",
+    "Write a short poem about autumn.",
+    "Summarise: the meeting was moved to Thursday because two people were ill.",
+    "Is the following review positive or negative? The food was cold and the waiter rude.",
+    "def add(a, b):",
+    "What is 17 times 6?",
+    "Put these words in order: late, the, was, train",
+    "Who wrote Romeo and Juliet?",
+    "Correct the spelling: I recieved your leter yesterday.",
+    "Give me a synonym of 'quick'.",
+    "What should I pack for a week in Iceland?",
+    "A train leaves at 9:40 and arrives at 12:05. How long does it take?",
+    "Continue the story: The old lighthouse keeper heard a knock.",
+    "Which is heavier, a kilogram of iron or a kilogram of feathers?",
+    "Classify as fruit or vegetable: carrot, plum, leek, pear.",
+    "SELECT name FROM users WHERE",
+    "What does the word 'ubiquitous' mean?",
+    "Answer yes or no: can penguins fly?",
+    "Write an e-mail that asks for a day off.",
+    "What is the opposite of 'generous'?",
+    "Extract the date: The contract was signed on 4 March 2019 in Oslo.",
+    "Tell me a joke about computers.",
+    "Repeat after me: one, two, three.",
+    "Why is the sky blue?",
+)

@@ -115,10 +115,8 @@ def test_compression_is_the_best_of_its_rank_and_says_what_it_discards(workshop:
 def test_an_expert_whose_first_direction_is_hardly_defined_is_noted(workshop: Any, make_raw: Any) -> None:
     round_, sharp = make_raw(0, 3), make_raw(1, 3)
     for module, (B, A) in round_.factors.items():
-        round_.factors[module] = (
-            torch.linalg.qr(B).Q,
-            torch.linalg.qr(A.T).Q.T.contiguous(),
-        )  # all singular values are equal
+        rows, columns = torch.linalg.qr(B).Q, torch.linalg.qr(A.T).Q.T  # so that all singular values are equal
+        round_.factors[module] = (rows.contiguous(), columns.contiguous())
     parts = workshop.parts([round_, sharp])
     layout = compose(workshop.folder / "arrow", parts, "arrow", {}, max_rank=64)
     assert len(layout.notes) == 1

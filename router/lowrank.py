@@ -45,9 +45,10 @@ def svd(factors: Factors) -> SVD:
     R_B, R_A = triangle(B), triangle(A.mT)
     u, S, vt = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)  # (r, r)
     inverse = torch.where(S[0] * NEGLIGIBLE < S, 1 / S, 0.0)
-    U = B @ (R_A.mT @ (vt.mT * inverse))  # (d_out, r)
-    Vt = ((u.mT * inverse[:, None]) @ R_B) @ A  # (r, d_in)
-    return SVD(U.float(), (S * (inverse > 0)).float(), Vt.float())
+    Vt = (((u.mT * inverse[:, None]) @ R_B) @ A).float()  # (r, d_in)
+    signs = Vt.gather(1, Vt.abs().argmax(1, keepdim=True)).sign()  # arbitrary: make the largest entry positive
+    U = B @ (R_A.mT @ (vt.mT * inverse * signs.mT))  # (d_out, r)
+    return SVD(U.float(), (S * (inverse > 0)).float(), Vt * signs)
 
 
 def triangle(X: Tensor) -> Tensor:
@@ -63,3 +64,15 @@ def triangle(X: Tensor) -> Tensor:
         return cholesky
     householder: Tensor = torch.linalg.qr(X, mode="r").R
     return householder
+
+
+def inner_products(parts: Sequence[Factors | None]) -> Tensor:
+    """(n, n) Frobenius inner products <dW_i, dW_j> = sum of (B_i^T B_j) * (A_i A_j^T), elementwise; None is zero."""
+    there = [part for part in parts if part is not None]
+    if not there:
+        return torch.zeros(len(parts), len(parts), dtype=torch.float64)
+    stacked = stack(there)
+    products = (stacked.B.mT @ stacked.B) * (stacked.A @ stacked.A.mT)  # (sum of ranks, sum of ranks)
+    owner = [i for i, part in enumerate(parts) if part is not None for _ in range(part.A.shape[0])]
+    member = torch.nn.functional.one_hot(torch.tensor(owner), len(parts)).to(products.dtype)
+    return member.mT @ products @ member

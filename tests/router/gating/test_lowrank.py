@@ -20,7 +20,7 @@ CASES = {
     "rank over d_in": Factors(normal(40, 6), normal(6, 3, seed=1)),
     "rank over both": Factors(normal(3, 6), normal(6, 2, seed=1)),
     "repeated rows": Factors(normal(40, 4), normal(2, 30, seed=1).repeat(2, 1)),
-    "one factor zero": Factors(torch.zeros(40, 4), normal(4, 30, seed=1)),
+    "one factor zero": Factors(torch.zeros(40, 4).double(), normal(4, 30, seed=1)),
     "unbalanced": Factors(normal(40, 4) * torch.logspace(-6, 3, 4), normal(4, 30, seed=1) * 1e-3),
     "nearly dependent": Factors(normal(40, 4), normal(1, 30, seed=1) + 1e-5 * normal(4, 30, seed=2)),
     "equal singular values": Factors(torch.linalg.qr(normal(40, 4)).Q, torch.linalg.qr(normal(30, 4)).Q.T),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "int8"]
 
 RECIPE = 1  # of the graphs: whatever changes them counts it up
+PARTS = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
 TOKENS = 256  # word pieces, padding included, in one run: on a CPU more at once takes longer for each
 
 
@@ -177,32 +178,26 @@ def ranges(bert: Bert, weights: Weights) -> dict[str, Vectors]:
 def max_length(folder: Path) -> int:
     """How many word pieces the model reads. Raises UnsupportedEncoder, naming all that is not a plain BERT encoder."""
     config, parts = _json(folder / "config.json"), _json(folder / "modules.json")
-    module = _json(folder / "sentence_bert_config.json")
+    module, prompts = _json(folder / "sentence_bert_config.json"), _json(folder / "config_sentence_transformers.json")
     kinds = [str(part.get("type", "")).rsplit(".", 1)[-1] for part in parts] if isinstance(parts, list) else []
-    length = module.get("max_seq_length") or config.get("max_position_embeddings", 0)
-    wrong = [
-        reason
-        for reason, holds in {
-            f"its architecture is {config.get('model_type')}, not bert": config.get("model_type") != "bert",
-            f"its activation is {config.get('hidden_act')}, not gelu": config.get("hidden_act") != "gelu",
-            f"its positions are {config.get('position_embedding_type')}": (
-                config.get("position_embedding_type", "absolute") != "absolute"
-            ),
-            f"its parts are {', '.join(kinds) or 'not listed'}": kinds
-            not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]),
-            f"its pooling is {_pooling(folder)}, not mean or cls": _pooling(folder) not in ("mean", "cls"),
-            "it lower-cases beside its tokenizer": bool(module.get("do_lower_case")),
-            "it has a prompt of its own": bool(
-                _json(folder / "config_sentence_transformers.json").get("default_prompt_name")
-            ),
-            "it has no tokenizer.json": not (folder / "tokenizer.json").is_file(),
-            "it has no model.safetensors": not (folder / "model.safetensors").is_file(),
-        }.items()
-        if holds
+    kind, activation, pooling = config.get("model_type"), config.get("hidden_act"), _pooling(folder)
+    positions = config.get("position_embedding_type", "absolute")
+    checks = [
+        (kind == "bert", f"its architecture is {kind}, not bert"),
+        (activation == "gelu", f"its activation is {activation}, not gelu"),
+        (positions == "absolute", f"its positions are {positions}, not absolute"),
+        (kinds in PARTS, f"its parts are {', '.join(kinds) or 'not listed'}, not {', '.join(PARTS[1])}"),
+        (pooling in ("mean", "cls"), f"its pooling is {pooling or 'not given'}, not mean or cls"),
+        (not module.get("do_lower_case"), "it lower-cases before its tokenizer"),
+        (not prompts.get("default_prompt_name"), "it has a prompt of its own"),
+        ((folder / "tokenizer.json").is_file(), "it has no tokenizer.json"),
+        ((folder / "model.safetensors").is_file(), "it has no model.safetensors"),
     ]
+    wrong = [reason for fine, reason in checks if not fine]
     if wrong:
         raise UnsupportedEncoder(wrong)
-    return int(min(length, config["max_position_embeddings"]))
+    longest = int(config["max_position_embeddings"])
+    return min(int(module.get("max_seq_length") or longest), longest)
 
 
 def read(folder: Path) -> tuple[Bert, Weights]:

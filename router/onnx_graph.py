@@ -48,7 +48,7 @@ class Graph:
         self.constants: list[TensorProto] = []
 
     def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value, dtype), name))
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype, order="C"), name))
         return name
 
     def node(self, op: str, inputs: Sequence[str], *outputs: str, **attributes: Any) -> str:

@@ -1,0 +1,131 @@
+"""Building a blend's folder: module by module in threads, written as they come, moved into place when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters_registry.lora import CONFIG, WEIGHTS
+from router.blending.compress import Compressed, compress
+from router.blending.plan import Plan
+from router.lowrank import Factors
+from router.tensorfile import write_tensors
+
+LINEAGE = "blend.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a blend became.
+
+    rank       of the adapter
+    modules    how many it adapts
+    cut        how many of them were cut to a lower rank
+    discarded  the share of energy (squared Frobenius norm) that was cut off, over the modules that were cut
+    worst      the same in the worst module
+    """
+
+    rank: int
+    modules: int
+    cut: int
+    discarded: float
+    worst: float
+
+
+def build(folder: Path, plan: Plan, lineage: dict[str, Any]) -> Report:
+    """Write the adapter and its lineage; `folder` must not exist, or be empty. Raises OSError, leaving nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        report = _write(draft, plan, lineage)
+        draft.chmod(0o755)  # mkdtemp's is private
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return report
+
+
+def _write(folder: Path, plan: Plan, lineage: dict[str, Any]) -> Report:
+    rows = {module: plan.rows(module) for module in plan.modules}
+    rank = max(rows.values())
+    shapes = {}
+    for module, (d_out, d_in) in plan.modules.items():
+        shapes[_tensor(module, "A")] = (rank, d_in)
+        shapes[_tensor(module, "B")] = (d_out, rank)
+    cut: list[Compressed] = []
+
+    def merged() -> Iterator[Tensor]:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+            for factors, compressed in threads.map(lambda module: merge_module(plan, module, rows[module]), rows):
+                if compressed is not None:
+                    cut.append(compressed)
+                yield _padded(factors.A, rank, 0)
+                yield _padded(factors.B, rank, 1)
+
+    write_tensors(folder / WEIGHTS, shapes, merged())
+    total = sum(each.total for each in cut)
+    report = Report(
+        rank=rank,
+        modules=len(rows),
+        cut=len(cut),
+        discarded=sum(each.lost for each in cut) / total if total else 0.0,
+        worst=max((each.lost / each.total for each in cut if each.total), default=0.0),
+    )
+    (folder / CONFIG).write_text(json.dumps(_config(plan, rank), indent=2) + "\n", encoding="utf-8")
+    (folder / LINEAGE).write_text(json.dumps({**lineage, **asdict(report)}, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def merge_module(plan: Plan, module: str, rows: int) -> tuple[Factors, Compressed | None]:
+    """One module of the blend, float32, and what was lost when it had to be cut."""
+    merged = plan.operator.merge(module, plan.shares(module))
+    if isinstance(merged, Factors) and merged.A.shape[0] <= rows:
+        return merged, None
+    done = compress(merged, rows)
+    return done.factors, done._replace(factors=Factors(torch.empty(0), torch.empty(0)))
+
+
+def _padded(X: Tensor, rank: int, dim: int) -> Tensor:
+    missing = rank - X.shape[dim]
+    if not missing:
+        return X
+    shape = list(X.shape)
+    shape[dim] = missing
+    return torch.cat([X, X.new_zeros(shape)], dim)
+
+
+def _config(plan: Plan, rank: int) -> dict[str, Any]:
+    """As PEFT writes it; alpha = r, so that no engine scales anything."""
+    bases = {member.source.config.base_model_name_or_path for member in plan.members}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": min((base for base in bases if base), default=None),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": targets(plan.modules),
+    }
+
+
+def targets(modules: dict[str, tuple[int, int]] | Any) -> list[str]:
+    """PEFT's `target_modules`: the ends of the paths."""
+    return sorted({module.rpartition(".")[2] for module in modules})
+
+
+def _tensor(module: str, side: str) -> str:
+    return f"base_model.model.{module}.lora_{side}.weight"

@@ -1,0 +1,238 @@
+"""May these members be blended? Every reason against it, and if there is none, what is to be computed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from router.adapter import Adapter
+from router.blending.cat import Cat
+from router.blending.errors import BlendError
+from router.blending.operator import BlendSettings, Operator, Share
+from router.blending.operators import operator_of
+from router.composite.part import Part
+
+
+class Source(Adapter):
+    """A member's folder; its factors come as they are stored, mapped from the file, so that nothing is copied."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.adapted = self.names.A.keys() & self.names.B.keys()
+
+    def stored(self, module: str) -> tuple[Tensor, Tensor]:
+        """B (d_out, r), A (r, d_in)"""
+        B, A = (self._file.get_tensor(side[module][0]) for side in (self.names.B, self.names.A))
+        return B, A
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    part: Part
+    weight: float
+    source: Source
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A blend that can be made.
+
+    operator  what merges: `cat` for a single member, where there is nothing to merge
+    chosen    the operator that was asked for
+    members   in the order of their content, so that the order in which they were named does not matter
+    modules   module -> (d_out, d_in), the union over all members, sorted
+    limit     the rank that no module may exceed
+    """
+
+    operator: Operator
+    chosen: Operator
+    members: Sequence[Member]
+    modules: Mapping[str, tuple[int, int]]
+    limit: int
+
+    def rows(self, module: str) -> int:
+        """The rank rows that one module will have."""
+        ranks = {m.part.id: m.source.rank(module) for m in self.members if module in m.source.adapted}
+        return min(self.operator.rows(module, ranks), self.limit)
+
+    def shares(self, module: str) -> list[Share]:
+        """What the members bring to a module: those that adapt it, or have a statistic that speaks of it."""
+        found = []
+        d_out, d_in = self.modules[module]
+        for member in self.members:
+            part = member.part
+            statistic = part.tensors.get(self.operator.statistic or "", {}).get(module)
+            adapts = module in member.source.adapted
+            if not adapts and statistic is None:
+                continue
+            B, A = member.source.stored(module) if adapts else (torch.zeros(d_out, 0), torch.zeros(0, d_in))
+            found.append(
+                Share(
+                    id=part.id,
+                    weight=member.weight,
+                    B=B,
+                    A=A,
+                    scale=member.source.config.scaling(module),
+                    seed=mask_seed(getattr(self.operator.settings, "seed", 0), part.digest, module),
+                    statistic=None if statistic is None else torch.as_tensor(statistic),
+                )
+            )
+        return found
+
+
+def mask_seed(seed: int, digest: str, module: str) -> int:
+    """63 bits that depend on the seed, the member's content and the module, not on who else is in the blend."""
+    key = hashlib.sha256(f"{seed}\0{digest}\0{module}".encode()).digest()
+    return int.from_bytes(key[:8], "big") >> 1
+
+
+def make_plan(
+    parts: Sequence[Part], weights: Sequence[float], operator: str, settings: Mapping[str, Any], max_rank: int
+) -> Plan:
+    """Raises BlendError with every reason."""
+    reasons = [*_membership(parts), *check_weights(parts, weights)]
+    chosen: Operator | None = None
+    try:
+        chosen = operator_of(operator, settings)
+    except BlendError as error:
+        reasons += error.reasons
+    sources, broken = _read(parts)
+    reasons += broken
+    if chosen is None or reasons:
+        raise BlendError(reasons)
+    weighed = dict(zip((part.id for part in parts), weights, strict=True))
+    reasons += _bases(parts, sources)
+    reasons += _unsupported(sources)
+    modules, conflicts = _shapes(sources)
+    reasons += conflicts
+    reasons += chosen.refuse(weighed, list(modules))
+    reasons += _rank(chosen.settings, max_rank)
+    reasons += _statistics(chosen, parts, sources, modules)
+    if reasons:
+        raise BlendError(reasons)
+    if len(parts) > 1:
+        weights = chosen.weigh(weights)
+    members = [
+        Member(part, float(weight), sources[part.id])
+        for part, weight in sorted(zip(parts, weights, strict=True), key=lambda pair: (pair[0].digest, pair[0].id))
+        if weight != 0
+    ]
+    single = len(members) == 1 and operator != "layer_swap"
+    merging = Cat(BlendSettings(rank=chosen.settings.rank)) if single else chosen
+    adapted = {module: shape for module, shape in modules.items() if any(module in m.source.adapted for m in members)}
+    return Plan(merging, chosen, members, adapted, chosen.settings.rank or max_rank)
+
+
+def _membership(parts: Sequence[Part]) -> Iterator[str]:
+    if not parts:
+        yield "A blend needs at least one member; it got none."
+    for name, count in Counter(part.id for part in parts).items():
+        if count > 1:
+            yield f"Expert '{name}' occurs {count} times; add its weights up."
+
+
+def check_weights(parts: Sequence[Part], weights: Sequence[float]) -> Iterator[str]:
+    if len(weights) != len(parts):
+        yield f"There are {len(parts)} members and {len(weights)} weights; every member needs one."
+        return
+    for part, weight in zip(parts, weights, strict=True):
+        if not math.isfinite(weight):
+            yield f"'{part.id}' has weight {weight}; weights are finite numbers."
+    if parts and not any(weights):
+        yield "All weights are zero, so nothing would be left; ask for the base model instead."
+
+
+def _read(parts: Sequence[Part]) -> tuple[dict[str, Source], list[str]]:
+    sources, reasons = {}, []
+    for part in parts:
+        try:
+            sources[part.id] = Source(part.path)
+        except (OSError, ValueError, SafetensorError) as error:
+            reasons.append(f"'{part.id}' cannot be read: {str(error).splitlines()[0]}")
+    return sources, reasons
+
+
+def _bases(parts: Sequence[Part], sources: Mapping[str, Source]) -> Iterator[str]:
+    """Folders say nothing about which weights are in them, so that of configurations only Hub ids count."""
+    bases: dict[str, list[str]] = {}
+    for part in parts:
+        declared = sources[part.id].config.base_model_name_or_path or ""
+        base = part.base_model or (declared if declared.count("/") == 1 and declared[0] not in "/.~" else None)
+        if base:
+            bases.setdefault(base.casefold(), []).append(part.id)
+    if len(bases) > 1:
+        listed = "; ".join(f"{base}: {_listing(ids)}" for base, ids in sorted(bases.items()))
+        yield f"The members are for different base models ({listed}); a blend never mixes them."
+
+
+def _unsupported(sources: Mapping[str, Source]) -> Iterator[str]:
+    for name, source in sources.items():
+        if source.names.embeddings:
+            yield f"'{name}' adapts embeddings, which cannot be blended; serve it alone."
+        if source.names.unexpected:
+            yield f"'{name}' has more than plain LoRA factors: {_listing(source.names.unexpected)}."
+        if odd := sorted(source.names.A.keys() ^ source.names.B.keys()):
+            yield f"'{name}' has only one of the two factors of {_listing(odd)}; it is damaged, register it again."
+
+
+def _shapes(sources: Mapping[str, Source]) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    modules: dict[str, tuple[int, int]] = {}
+    first: dict[str, str] = {}
+    conflicts: dict[tuple[str, str], str] = {}
+    for name, source in sources.items():
+        for module in source.adapted:
+            shape = source.shape(module)
+            if modules.setdefault(module, shape) != shape:
+                conflicts.setdefault(
+                    (first[module], name),
+                    f"'{first[module]}' and '{name}' are for different base models: {module} is "
+                    f"{' x '.join(map(str, modules[module]))} for the first and {' x '.join(map(str, shape))} for the "
+                    "second.",
+                )
+            first.setdefault(module, name)
+    return dict(sorted(modules.items())), list(conflicts.values())
+
+
+def _rank(settings: BlendSettings, max_rank: int) -> Iterator[str]:
+    if max_rank < 1:
+        yield f"The engine's largest rank is {max_rank}; a blend needs at least 1."
+    elif settings.rank is not None and settings.rank > max_rank:
+        yield f"rank {settings.rank} is over the engine's limit of {max_rank}; without `rank` the blend is cut to fit."
+
+
+def _statistics(
+    operator: Operator, parts: Sequence[Part], sources: Mapping[str, Source], modules: Mapping[str, tuple[int, int]]
+) -> Iterator[str]:
+    """Statistics that the operator needs and a member does not bring, or brings in the wrong shape."""
+    kind = operator.statistic
+    if kind is None:
+        return
+    for part in parts:
+        stored = part.tensors.get(kind)
+        if stored is None:
+            yield f"'{part.id}' carries no '{kind}' statistics; compute and store them with the expert first."
+            continue
+        if missing := sorted(sources[part.id].adapted - stored.keys()):
+            yield f"'{part.id}' lacks the '{kind}' statistics of {_listing(missing)}; compute them again."
+        for module in sorted(stored.keys() & modules.keys()):
+            d_out, d_in = modules[module]
+            shape = (d_in, d_in) if kind == "gram" else (d_out, d_in)
+            tensor = torch.as_tensor(stored[module])
+            if tuple(tensor.shape) != shape:
+                yield f"'{part.id}' has '{kind}' of shape {tuple(tensor.shape)} for {module}; it should be {shape}."
+            elif not bool(tensor.isfinite().all()):
+                yield f"'{part.id}' has '{kind}' with NaN or infinite elements for {module}; compute them again."
+
+
+def _listing(things: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(things) - most} more" if len(things) > most else ""
+    return ", ".join(things[:most]) + more

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters_registry.lora import CONFIG, WEIGHTS
+from router.composite.part import stored_tensor
 from router.composite.plan import Plan
 from router.composite.statistics import scorer_of, tables_of
 from router.gating.arrow import Arrow
@@ -96,7 +97,7 @@ def stack_module(plan: Plan, module: str) -> Stacked:
     if plan.gate.extra:
         for k in range(K):
             if blocks[k] is not None:
-                vector = torch.as_tensor(plan.parts[k].tensors[layout.gate][module]).double()
+                vector = stored_tensor(plan.parts[k].tensors[layout.gate][module]).double()
                 A[R - K + k] = plan.gate.row(vector).float()
     if plan.gate.needs_scale:
         tables["scale"] = scale
@@ -124,11 +125,11 @@ def _statistics(plan: Plan, module: str, blocks: list[Block | None]) -> dict[str
             continue
         stored = part.tensors[plan.key]
         if "mean" in wanted:
-            found["mean"][k] = torch.as_tensor(stored[f"{module}.mean"])
-            deviation = torch.as_tensor(stored[f"{module}.deviation"])
+            found["mean"][k] = stored_tensor(stored[f"{module}.mean"])
+            deviation = stored_tensor(stored[f"{module}.deviation"])
             found["deviation"][k] = deviation if deviation > 0 else 1.0
         if "centre" in wanted:
-            found["centre"][start : start + rows] = torch.as_tensor(stored[f"{module}.centre"])
+            found["centre"][start : start + rows] = stored_tensor(stored[f"{module}.centre"])
     return {table: found[table] for table in wanted}
 
 

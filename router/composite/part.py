@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,11 @@ class CompositeError(ValueError):
         self.reasons = tuple(reasons)
         assert self.reasons, "a refusal needs a reason"
         super().__init__("\n".join(self.reasons))
+
+
+def stored_tensor(value: Any) -> Tensor:
+    """An array, which may be read-only, or a tensor as float32."""
+    return torch.from_numpy(np.array(value, dtype=np.float32))
 
 
 def stored_digest(part: Part) -> str:

@@ -255,6 +255,24 @@ def test_files_that_are_not_there_are_refused(parts: list[Part], tmp_path: Path)
     assert "'broken@1' cannot be read" in message
 
 
+def test_tensors_may_come_as_the_registry_gives_them(workshop: Any, parts: list[Part]) -> None:
+    arrays = [
+        {key: {name: read_only(tensor) for name, tensor in found.items()} for key, found in part.tensors.items()}
+        for part in parts
+    ]
+    same = [Part(part.id, part.digest, part.path, found) for part, found in zip(parts, arrays, strict=True)]
+    assert composite_digest(same, "phatgoose", {}) == composite_digest(parts, "phatgoose", {})
+    for name, each in (("one", parts), ("two", same)):
+        compose(workshop.folder / name, each, "phatgoose", {}, max_rank=64)
+    assert bytes_of(workshop.folder / "one") == bytes_of(workshop.folder / "two")
+
+
+def read_only(tensor: Any) -> Any:
+    array = tensor.numpy().copy()
+    array.flags.writeable = False
+    return array
+
+
 def test_statistics_belong_to_an_expert_and_what_was_done_to_it(parts: list[Part]) -> None:
     layout = plan(parts, "lag", {}, max_rank=64)
     assert statistics_key(gate_of(layout)) == "statistics/scaled/spectr"

@@ -43,7 +43,7 @@ class CompositeError(ValueError):
 
 def stored_tensor(value: Any) -> Tensor:
     """An array, which may be read-only, or a tensor as float32."""
-    return torch.from_numpy(np.array(value, dtype=np.float32))
+    return value.float() if isinstance(value, Tensor) else torch.from_numpy(np.array(value, dtype=np.float32))
 
 
 def stored_digest(part: Part) -> str:

@@ -17,6 +17,8 @@ class Arrow(ScoreGate):
     In unit form a block's first row is v_k itself. PEFT and the paper ignore the adapter's scale s_k here.
     """
 
+    equation: ClassVar[str] = "`abs(v_k · x)`"
+    reads: ClassVar[str] = "first row of block k"
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         expert_training="standard",
         expert_data="private",

@@ -31,6 +31,8 @@ class Constant(Gate):
     The sum of outputs sum_k w_k s_k B_k A_k x has no cross terms, unlike a sum of the factors.
     """
 
+    equation: ClassVar[str] = "`w_k` itself"
+    reads: ClassVar[str] = "nothing"
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         expert_training="standard",
         expert_data="private",

@@ -47,6 +47,8 @@ class Probe(Gate):
     prompt is for; the decision is taken from the trace, once for the request.
     """
 
+    equation: ClassVar[str] = "`E_k`, the sum of z-scores over the prompt; the base model answers"
+    reads: ClassVar[str] = "as the gate whose score it is"
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         expert_training="standard",
         expert_data="private",
@@ -94,6 +96,7 @@ class Evidence(Probe):
     its weight there: it is the request that has an expert, not the module.
     """
 
+    equation: ClassVar[str] = "`log prior_k + beta E_k`, `E_k` the sum of z-scores so far"
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         expert_training="standard",
         expert_data="private",

@@ -127,8 +127,10 @@ class Gate(ABC):
     """
 
     taxonomy: ClassVar[Taxonomy]
+    equation: ClassVar[str]  # the score of expert k, for the docs
+    reads: ClassVar[str]  # where in the buffer it is found
     Settings: ClassVar[type[Settings]] = Settings
-    form: Form = "scaled"
+    form: Form = "scaled"  # how the blocks must be written
     extra: ClassVar[bool] = False  # needs one extra row for each expert, from a vector stored under the gate's name
     needs_scale: bool = False  # needs Table.scale
     needs_length: bool = False  # needs Step.length

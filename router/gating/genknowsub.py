@@ -5,6 +5,7 @@ from __future__ import annotations
 from router.lowrank import Factors, stack
 from router.taxonomy import Reference, Taxonomy
 
+EQUATION = "any gate on `dW_k - dW_g`"
 TAXONOMY = Taxonomy(
     expert_training="standard",
     expert_data="private",

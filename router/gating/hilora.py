@@ -29,6 +29,8 @@ class HiLoRA(Gate):
     The sequence stage (which experts, by Gaussians over sample embeddings) is what makes the shortlist of members.
     """
 
+    equation: ClassVar[str] = "of all experts' directions j those with the largest `abs(s sigma_j v_j · x)` answer"
+    reads: ClassVar[str] = "single rows"
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         expert_training="standard",
         expert_data="private",

@@ -25,6 +25,8 @@ class LAG(SpectR):
     (section 3). With k at least the number of members this is SpectR's argmax.
     """
 
+    equation: ClassVar[str] = "Arrow keeps `top_k`, of which the largest `norm(s_k B_k A_k x)` answers alone"
+    reads: ClassVar[str] = "first rows / (s_k sigma_1), and lengths"
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         expert_training="standard",
         expert_data="private",

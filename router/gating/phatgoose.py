@@ -23,6 +23,8 @@ class Phatgoose(ScoreGate):
     that row of z divided by std(x).
     """
 
+    equation: ClassVar[str] = "`LN(x) · LN(v_k) / sqrt(d)`"
+    reads: ClassVar[str] = "extra row k / std(x)"
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         expert_training="custom",
         expert_data="private",

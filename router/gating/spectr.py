@@ -26,6 +26,8 @@ class SpectR(ScoreGate):
     In scaled form block k of z is s_k S_k V_k^T x, in unit form V_k^T x.
     """
 
+    equation: ClassVar[str] = "`norm(s_k B_k A_k x)`; LAG's variant `norm(V_kᵀ x)`"
+    reads: ClassVar[str] = "length of block k"
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
         expert_training="standard",
         expert_data="private",

@@ -42,27 +42,13 @@ def gate_of(layout: Layout, device: torch.device | str = "cpu") -> Gate:
 
 def gates_table() -> str:
     """What every gate declares about itself, as a Markdown table: one row to a gate, and GenKnowSub's preparation."""
-    head = [
-        "gate",
-        "score of expert k",
-        "read from the buffer",
-        "form",
-        "an expert must bring",
-        "selection",
-        "reference",
-    ]
+    head = ["gate", "score of expert k", "read from the buffer", "form", "an expert brings", "selection", "reference"]
     rows = [head, ["---"] * len(head)]
     rows += [
         [f"`{name}`", gate.equation, gate.reads, gate.form, _needs(gate), gate.taxonomy.selection, _cite(gate.taxonomy)]
         for name, gate in GATES.items()
     ]
-    prepared = [
-        f"`{genknowsub.__name__.rpartition('.')[2]}`",
-        genknowsub.EQUATION,
-        "as the gate",
-        "as the gate",
-        "nothing",
-    ]
+    prepared = ["`genknowsub`", genknowsub.EQUATION, "as the gate", "as the gate", "nothing"]
     rows.append([*prepared, genknowsub.TAXONOMY.selection, _cite(genknowsub.TAXONOMY)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -41,7 +41,9 @@ class Extension(BaseModel):
     @classmethod
     def _names_or_weights(cls, value: Any) -> Any:
         if isinstance(value, list):
-            if len(set(map(str, value))) < len(value):
+            if not all(isinstance(each, str) for each in value):
+                raise ValueError("a list of names, or an object of names and weights")
+            if len(set(value)) < len(value):
                 raise ValueError("an expert occurs twice")
             value = dict.fromkeys(value)
         if isinstance(value, dict) and not 1 <= len(value) <= MOST:

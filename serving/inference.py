@@ -66,7 +66,6 @@ class Exchange:
     decision: Decision | None = None
     traced: bool = False
     trace: str | None = None  # the engine's key for a trace that is still to be fetched
-    tenant: str | None = None
     status: int = 0
     started: float = field(default_factory=time.perf_counter)
 
@@ -122,7 +121,6 @@ class Inference:
         try:
             caller = await self._service.authenticator.caller(Headers(raw=scope["headers"]))
             caller.require("infer")
-            exchange.tenant = caller.tenant
             raw = await read_body(receive)
             body = await parse(raw)
             async with self._answering(exchange, body, caller) as changed:
@@ -166,8 +164,11 @@ class Inference:
                 name = service.engine.base_model
             if extension.trace and decision.kind == "gate":
                 exchange.trace = decision.id
+                stack.enter_context(service.traces.expected(decision.id))
             exchange.traced = exchange.trace is not None or decision.id in service.traces
             yield with_arguments({**changed, "model": name}, arguments(decision, exchange.trace))
+            if exchange.trace is not None and (found := await service.engine.trace(exchange.trace)) is not None:
+                service.traces.put(caller.tenant, trace_of(exchange.model, decision, decision, found))
 
 
 NAMED = "named"
@@ -344,18 +345,7 @@ class Answer:
                 return
             await self._start(message["status"], list(message.get("headers", ())))
         else:
-            if not message.get("more_body", False):
-                await self._keep_trace()
             await self._send(message)
-
-    async def _keep_trace(self) -> None:
-        """Before the end is sent, so that whoever has seen the end can ask for it."""
-        exchange, service = self._exchange, self._service
-        if exchange.trace is None or exchange.status != 200:
-            return
-        found = await service.engine.trace(exchange.trace)
-        if found is not None and (decision := exchange.decision) is not None:
-            service.traces.put(exchange.tenant, trace_of(exchange.model, decision, decision, found))
 
     async def refuse(self, error: Exception) -> None:
         """Answer with an error instead."""

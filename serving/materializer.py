@@ -134,6 +134,7 @@ class Materializer:
         digest = entry.adapter.digest
         if (known := self._entries.get(digest)) is not None:  # other settings that mean the same
             known.release()
+            known.adapter, known.members, known.size = entry.adapter, entry.members, entry.size
             known.lock, known.doomed = entry.lock, False
             entry = known
         self._entries[digest] = entry

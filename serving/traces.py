@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from pydantic import BaseModel
@@ -12,6 +15,9 @@ from serving import engine
 
 #: Traces that are kept; the oldest go.
 CAPACITY = 1024
+#: How long somebody waits for the trace of a request that is still being answered (seconds): the end of a stream
+#: is seen before the engine has been asked what it left.
+PATIENCE = 10.0
 
 
 class Trace(BaseModel):
@@ -57,6 +63,17 @@ class Traces:
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
         self._traces: OrderedDict[str, tuple[str | None, Trace]] = OrderedDict()
+        self._expected: dict[str, asyncio.Event] = {}
+
+    @contextmanager
+    def expected(self, decision_id: str) -> Iterator[None]:
+        """The request is being answered: whoever asks for its trace meanwhile waits a little."""
+        done = self._expected[decision_id] = asyncio.Event()
+        try:
+            yield
+        finally:
+            del self._expected[decision_id]
+            done.set()
 
     def put(self, tenant: str | None, trace: Trace) -> None:
         self._traces[trace.id] = (tenant, trace)
@@ -65,6 +82,13 @@ class Traces:
 
     def __contains__(self, decision_id: str) -> bool:
         return decision_id in self._traces
+
+    async def wait(self, decision_id: str, tenant: str | None) -> Trace | None:
+        """`get`, once the request has been answered, or after PATIENCE."""
+        if (done := self._expected.get(decision_id)) is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), PATIENCE)
+        return self.get(decision_id, tenant)
 
     def get(self, decision_id: str, tenant: str | None) -> Trace | None:
         """None also for another tenant's; the operator (None) may see all."""

@@ -14,7 +14,7 @@ endpoints = APIRouter(prefix="/v1/traces", tags=["routing"])
 @endpoints.get("/{decision_id}")
 async def show_trace(decision_id: str, service: ServiceDep, caller: InferCaller) -> Trace:
     """The trace of a request that was sent with `moerge: {"trace": true}`, for whoever sent it."""
-    trace = service.traces.get(decision_id, caller.tenant)
+    trace = await service.traces.wait(decision_id, caller.tenant)
     if trace is None:
         raise TraceNotFound(decision_id)
     return trace

@@ -21,6 +21,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from router.encoder import Backend
 from router.router import RouterSettings
 
 
@@ -102,6 +103,9 @@ class RouterSection(RouterSettings):
 
     encoder: str | None = Field(None, description="sentence-transformers model; the packaged MiniLM when not given.")
     encoder_threads: int = Field(1, ge=1, description="Threads that encode prompts.")
+    encoder_backend: Backend = Field(
+        "auto", description="auto, torch, onnx, onnx-int8: what runs it; auto is onnx-int8 where that can, else torch."
+    )
 
 
 class RegistrySettings(Section):

@@ -20,7 +20,7 @@ from adapters_registry.manifest import Manifest, read_manifest
 from adapters_registry.proposal import Proposal
 from adapters_registry.registry import Registry
 from adapters_registry.validate import Limits
-from router.encoder import SentenceTransformerEncoder
+from router.encoder import load_encoder
 from router.router import Router
 from serving.app import create_app
 from serving.config import BaseModelSettings, ConfigError, ServerSettings, Settings
@@ -108,7 +108,8 @@ def build_service(plan: Plan) -> Service:
             ),
         ),
     )
-    encoder = SentenceTransformerEncoder(settings.router.encoder, threads=settings.router.encoder_threads)
+    wanted = settings.router
+    encoder = load_encoder(wanted.encoder, backend=wanted.encoder_backend, threads=wanted.encoder_threads)
     router = Router(encoder, settings.router, max_rank=settings.engine.max_rank)
     engine = EmbeddedVllm(settings.engine, model=base.path, served_name=base.served_name, revision=base.revision)
     return Service(settings, registry, router, engine)

@@ -31,7 +31,7 @@ class Arrow(ScoreGate):
         user_data="zero-shot",
         reference=Reference(title="Arrow (Ostapenko et al. 2024)", url="https://arxiv.org/abs/2405.11157"),
     )
-    name: ClassVar[str] = "arrow"
+    name: str = "arrow"
     form: Form = "unit"
 
     def score(self, z: Tensor, table: Table, step: Step) -> Tensor:

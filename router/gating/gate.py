@@ -163,7 +163,7 @@ class ScoreGate(Gate):
     """A softmax over the top k scores: all that most methods differ in is `score`."""
 
     Settings: ClassVar[type[Settings]] = GateSettings
-    name: ClassVar[str]  # of the score, for its statistics
+    name: str  # of the score, for its statistics
 
     def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         super().__init__(layout, device)

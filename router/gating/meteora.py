@@ -33,7 +33,7 @@ class Meteora(ScoreGate):
         reference=Reference(title="MeteoRA (Xu et al. 2024)", url="https://arxiv.org/abs/2405.13053"),
     )
     Settings: ClassVar[type[Settings]] = MeteoraSettings
-    name: ClassVar[str] = "meteora"
+    name: str = "meteora"
     extra: ClassVar[bool] = True
 
     @classmethod

@@ -38,7 +38,7 @@ class Phatgoose(ScoreGate):
         reference=Reference(title="PHATGOOSE (Muqeeth et al. 2024)", url="https://arxiv.org/abs/2402.05859"),
     )
     Settings: ClassVar[type[Settings]] = PhatgooseSettings
-    name: ClassVar[str] = "phatgoose"
+    name: str = "phatgoose"
     extra: ClassVar[bool] = True
     needs_spread: bool = True
 

@@ -43,10 +43,7 @@ class Smile(ScoreGate):
     def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         super().__init__(layout, device)
         self.blocks = Blocks(layout.blocks, device, measured=self.settings.k_gate)
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"smile-{self.settings.k_gate}"
+        self.name = f"smile-{self.settings.k_gate}"
 
     def score(self, z: Tensor, table: Table, step: Step) -> Tensor:
         return self.blocks.norms(z)

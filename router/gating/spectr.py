@@ -44,11 +44,8 @@ class SpectR(ScoreGate):
 
     def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
         super().__init__(layout, device)
-        self.form: Form = "scaled" if self.settings.singular_values else "unit"
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return "spectr" if self.settings.singular_values else "span"
+        self.form: Form
+        self.name, self.form = ("spectr", "scaled") if self.settings.singular_values else ("span", "unit")
 
     def score(self, z: Tensor, table: Table, step: Step) -> Tensor:
         return self.blocks.norms(z)

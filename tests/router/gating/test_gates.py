@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import ArrowConfig
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+from torch import nn
 
 from router.gating import GATES
 
@@ -81,3 +84,26 @@ def test_a_zero_input_changes_nothing_and_breaks_nothing(gate: str, workshop: An
         weights, outputs = engine(torch.zeros(2, 24))
         assert weights.isfinite().all()
         assert not any(output.any() for output in outputs)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_arrow_agrees_with_pefts_layer(top_k: int, workshop: Any, make_raw: Any) -> None:
+    """With exact prototypes on both sides: PEFT's own come from 15 power iterations at a random start."""
+    experts = [make_raw(k, 4) for k in range(4)]
+    names = [f"task_{k}" for k in range(4)]
+    config = ArrowConfig(top_k=top_k)
+    config.task_adapter_names = names
+    layer = ArrowLoraLinearLayer(24, config)
+    x = random(6, 24, seed=2)
+    engine = workshop.engine(experts, "arrow", {"top_k": top_k})
+    _, outputs = engine(x)
+    for j, module in enumerate((Q, K, V)):
+        layer.prototypes = torch.stack([torch.linalg.svd(expert.delta(module)).Vh[0] for expert in experts]).float()
+        A, B = nn.ModuleDict(), nn.ModuleDict()
+        for name, expert in zip(names, experts, strict=True):
+            for side, factor in zip((B, A), expert.factors[module], strict=True):
+                side[name] = nn.Linear(*reversed(factor.shape), bias=False)
+                side[name].weight.data = factor
+        with torch.no_grad():
+            theirs = layer(x[None], A, B, nn.Identity(), dict.fromkeys(names, 8.0 / 4))
+        torch.testing.assert_close(outputs[j], theirs[0], atol=1e-5, rtol=1e-5)

@@ -212,6 +212,9 @@ class Plugin:
         self._wrappers = [each for each in wrappers.values() if hasattr(each, "set_groups")]
         for wrapper in self._wrappers:
             wrapper.set_groups(self.groups)
+        for group, (_, layer) in zip(self.groups, linear_layers(manager), strict=True):
+            if hasattr(layer.punica_wrapper, "at"):  # a wrapper that must know its place when it is compiled
+                layer.set_mapping(layer.punica_wrapper.at(group.index))
         self.composites: set[int] = set()  # slots
 
     def reasons_against_gates(self, layout: Layout) -> list[str]:
@@ -289,9 +292,9 @@ class Plugin:
             wrapper.set_step(batch)
 
     def trace(self, key: str) -> Any:
-        """Of the first wrapper, the language model's."""
+        """From the wrapper that has it; those of a GPU keep none."""
         for wrapper in self._wrappers:
-            if (trace := wrapper.gates.trace(key)) is not None:
+            if hasattr(wrapper, "gates") and (trace := wrapper.gates.trace(key)) is not None:
                 return trace
         return None
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router.blending.build import LINEAGE, Report, build
 from router.blending.errors import BlendError
+from router.blending.folder import LINEAGE, Report, write_blend
 from router.blending.lorahub import lorahub
 from router.blending.operator import Operator
 from router.blending.operators import OPERATORS, operator_of, operators_table
@@ -67,7 +67,7 @@ def blend(
     """
     plan = make_plan(members, weights, operator, settings or {}, max_rank)
     digest = blend_digest(members, weights, operator, settings, max_rank=max_rank)
-    return build(folder, plan, {"digest": digest, **_lineage(members, weights, operator, settings or {})})
+    return write_blend(folder, plan, {"digest": digest, **_lineage(members, weights, operator, settings or {})})
 
 
 def _lineage(

@@ -16,8 +16,8 @@ from router.taxonomy import Reference
 class KnOTS(Operator):
     """[dW_1 ... dW_n] = U S [V_1^T ... V_n^T]; the V_i^T are merged by TIES, and U S V^T is the result.
 
-    Only a rank r of directions, the members' ranks summed, has S above zero, and V_i^T = S^-1 U^T dW_i, (r, d_in): in
-    low rank throughout. The side-by-side matrix is B diag(A_1, ..., A_n) with B = [s_1 B_1 ... s_n B_n].
+    Only r directions, at most as many as the members' ranks together, have S above zero; V_i^T = S^-1 U^T dW_i is
+    (r, d_in): in low rank throughout. The side-by-side matrix is B diag(A_1, ..., A_n) with B = [s_1 B_1 ... s_n B_n].
     """
 
     class Settings(Pruned, Electing):
@@ -33,9 +33,9 @@ class KnOTS(Operator):
         B = torch.cat([part.B for part in parts], 1).double()  # (d_out, r)
         # B diag(A_i) has the left singular vectors and values of B diag(R_i^T), with A_i^T = Q_i R_i.
         R: Tensor = torch.block_diag(*(triangle(part.A.double().mT).mT for part in parts))  # type: ignore[no-untyped-call]
-        shared = svd(Factors(B=B, A=R))
-        US = shared.U * shared.S  # (d_out, r)
-        inverse = torch.where(shared.S > 0, 1 / shared.S, 0.0)[:, None]
-        basis = inverse * shared.U.mT  # (r, d_out)
+        U, S, _ = svd(Factors(B=B, A=R))
+        S = S[S > 0]
+        U = U[:, : len(S)]
+        basis = (U / S).mT  # (r, d_out): S^-1 U^T
         aligned = [keep_largest((basis @ part.B) @ part.A, self.settings.density) for part in parts]
-        return Factors(B=US, A=elect(aligned, [share.weight for share in shares], self.settings.mean))
+        return Factors(B=U * S, A=elect(aligned, [share.weight for share in shares], self.settings.mean))

@@ -40,8 +40,11 @@ class Lego(Operator):
     relative = True
 
     def merge(self, module: str, shares: Sequence[Share]) -> Factors | Tensor:
-        units = torch.cat([self.units(share) for share in shares])  # (n, d_out + d_in)
-        weights = torch.tensor([abs(share.weight) for share in shares for _ in range(share.rank)])
+        parts = [self.units(share) for share in shares]
+        units = torch.cat(parts)  # (n, d_out + d_in)
+        weights = torch.cat(
+            [torch.full((len(part),), abs(share.weight)) for part, share in zip(parts, shares, strict=True)]
+        )
         k = min(self.settings.clusters or max(share.rank for share in shares), len(units))
         labels = k_means(units, k, self.settings.seed)
         lengths = units.norm(dim=1)

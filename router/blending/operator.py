@@ -99,7 +99,10 @@ class Operator(ABC):
         """The merged update of one module. At least one share."""
 
     def rows(self, module: str, ranks: Mapping[str, int]) -> int:
-        """How many rank rows the merged module gets, from its members' ranks: as many as their sum has."""
+        """How many rank rows the merged module gets, from its members' ranks: as many as their sum has.
+
+        An operator that is not exact has one rank for all modules, from the members' largest ranks.
+        """
         return sum(ranks.values())
 
     def weigh(self, weights: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,17 @@ class Plan:
 
     def rows(self, module: str) -> int:
         """The rank rows that one module will have."""
-        ranks = {m.part.id: m.source.rank(module) for m in self.members if module in m.source.adapted}
-        return min(self.operator.rows(module, ranks), self.limit)
+        operator = self.operator
+        if operator.exact:
+            ranks = {m.part.id: m.source.rank(module) for m in self.members if module in m.source.adapted}
+            return min(operator.rows(module, ranks), self.limit)
+        natural: int = operator.settings.rank or operator.rows(module, self.ranks)
+        return min(natural, self.limit, *self.modules[module])
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Every member's largest rank."""
+        return {m.part.id: max(map(m.source.rank, m.source.adapted)) for m in self.members}
 
     def shares(self, module: str) -> list[Share]:
         """What the members bring to a module: those that adapt it, or have a statistic that speaks of it."""

@@ -42,7 +42,7 @@ class Report:
     worst: float
 
 
-def build(folder: Path, plan: Plan, lineage: dict[str, Any]) -> Report:
+def write_blend(folder: Path, plan: Plan, lineage: dict[str, Any]) -> Report:
     """Write the adapter and its lineage; `folder` must not exist, or be empty. Raises OSError, leaving nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -170,6 +170,21 @@ def test_the_digest_changes_with_everything_that_changes_the_answer(parts: list[
     assert all(len(digest) == 64 for digest in digests)
 
 
+def test_a_module_that_fails_ends_the_build_and_leaves_the_process_as_it_was(
+    parts: list[Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("router.composite.build.stack_module", fails)
+    before = torch.get_num_threads()
+    with pytest.raises(OSError, match="no space left"):
+        compose(tmp_path / "out", parts, "arrow", {}, max_rank=64)
+    assert torch.get_num_threads() == before
+    with pytest.raises(CompositeError):
+        check_composite(tmp_path / "out")
+
+
 # Refused
 
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router.composite.build import build
-from router.composite.check import check_composite
+from router.composite.building import build
+from router.composite.checking import check_composite
 from router.composite.part import CompositeError, Part, stored_digest
-from router.composite.plan import chosen_settings, make_plan
+from router.composite.planning import chosen_settings, make_plan
 from router.composite.statistics import statistics_key
 from router.gating.layout import FORMAT, Layout
 

@@ -176,7 +176,7 @@ def test_a_module_that_fails_ends_the_build_and_leaves_the_process_as_it_was(
     def fails(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("router.composite.build.stack_module", fails)
+    monkeypatch.setattr("router.composite.building.stack_module", fails)
     before = torch.get_num_threads()
     with pytest.raises(OSError, match="no space left"):
         compose(tmp_path / "out", parts, "arrow", {}, max_rank=64)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adapters_registry.lora import CONFIG, WEIGHTS
 from router.composite.part import stored_tensor
-from router.composite.plan import Plan
+from router.composite.planning import Plan
 from router.composite.statistics import scorer_of, tables_of
 from router.gating.arrow import Arrow
 from router.gating.genknowsub import subtract

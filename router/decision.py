@@ -67,3 +67,8 @@ class Decision(BaseModel):
     timings: dict[str, float] = Field(default_factory=dict)
     generation: int = 0
     reason: str = ""
+
+    @property
+    def summary(self) -> str:
+        """`name=weight` of all who have a part in the answer, comma-separated."""
+        return ",".join(f"{each.expert}={each.weight:.4g}" for each in self.experts if each.weight)

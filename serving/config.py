@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from router.encoder import Backend
+from router.methods.gated import NAMES
 from router.router import RouterSettings
 
 
@@ -108,6 +109,26 @@ class RouterSection(RouterSettings):
     )
 
 
+class GroupSettings(Section):
+    """Groups of experts that are alike, whose composites are loaded beforehand."""
+
+    by: Literal["weights", "prototypes"] | None = Field(
+        None,
+        description="Group experts that are alike by their weights, or by their samples; no groups when not given.",
+    )
+    gates: tuple[str, ...] = Field(("constant",), description="Gates for which every group's composite is loaded.")
+    least: float = Field(
+        -1, ge=-1, le=1, description="Least mean cosine at which groups are joined; -1: whatever fits."
+    )
+
+    @field_validator("gates")
+    @classmethod
+    def _known_gates(cls, gates: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := set(gates) - set(NAMES):
+            raise ValueError(f"no gate {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        return gates
+
+
 class RegistrySettings(Section):
     """Where experts are kept and what is accepted."""
 
@@ -136,6 +157,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     router: RouterSection = RouterSection()
+    groups: GroupSettings = GroupSettings()
     registry: RegistrySettings = RegistrySettings()
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of Moerge's own log lines.")
 

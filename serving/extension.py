@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 OURS = "moerge_"
 #: Experts that one request may name.
 MOST = 64
+#: Weights beyond this are a mistake.
+LARGEST = 1000.0
 
 
 class Extension(BaseModel):
@@ -61,6 +63,8 @@ class Extension(BaseModel):
         if self.weights is not None:
             if len(self.weights) < len(self.experts):
                 raise ValueError("give every expert a weight, or none")
+            if max(map(abs, self.weights)) > LARGEST:
+                raise ValueError(f"weights are at most {LARGEST:g}, either way")
             if not GATES[self.chosen_gate].takes_weights and self.chosen_gate != "probe":
                 raise ValueError(f"the gate {self.gate!r} finds its weights itself: give 'experts' as a list")
             if self.chosen_gate != "constant" and min(self.weights) <= 0:

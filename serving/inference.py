@@ -76,7 +76,7 @@ class Exchange:
         return traced | {
             "x-moerge-decision-id": decision.id,
             "x-moerge-method": decision.method,
-            "x-moerge-experts": ",".join(f"{each.expert}={each.weight:.4g}" for each in decision.experts),
+            "x-moerge-experts": decision.summary,
             "x-moerge-confidence": f"{decision.confidence:.4f}",
             "x-moerge-route-ms": f"{decision.timings.get('total', 0.0):.2f}",
         }
@@ -88,7 +88,8 @@ class Exchange:
         kind = decision.kind if decision else "none"
         metrics.REQUESTS.labels(policy, kind, str(self.status)).inc()
         for each in decision.experts if decision else ():
-            metrics.SELECTED.labels(each.expert).inc()
+            if each.weight:
+                metrics.SELECTED.labels(each.expert).inc()
         logger.info(
             "%s %s model=%s method=%s kind=%s experts=%s route_ms=%.2f total_ms=%.1f status=%d",
             decision.id if decision else "-",
@@ -96,7 +97,7 @@ class Exchange:
             loggable(self.model),
             policy,
             kind,
-            ",".join(f"{each.expert}={each.weight:.4g}" for each in decision.experts) if decision else "",
+            decision.summary if decision else "",
             decision.timings.get("total", 0.0) if decision else 0.0,
             (time.perf_counter() - self.started) * 1e3,
             self.status,
@@ -149,7 +150,8 @@ class Inference:
             raise EngineUnavailable(service.failure)
         if exchange.path in TOKEN_PATHS and (model == AUTO or model.startswith(f"{AUTO}:")):
             model, extension = service.engine.base_model, Extension()
-        exchange.decision = decision = await decide(service, model, changed, caller, extension=extension)
+        decision = service.groups.within(await decide(service, model, changed, caller, extension=extension))
+        exchange.decision = decision
         async with contextlib.AsyncExitStack() as stack:
             try:
                 if decision.verdict is not None:

@@ -56,7 +56,8 @@ def judged(service: Service, decision: Decision, evidence: NDArray[np.float64]) 
     """The decision that follows from the members' evidence (K,)."""
     assert decision.verdict is not None
     prior = np.array([each.weight for each in decision.experts])
-    logits = np.log(prior) + decision.verdict.beta * evidence
+    with np.errstate(divide="ignore"):  # weight 0: out of the question
+        logits = np.log(prior) + decision.verdict.beta * evidence
     p = np.exp(logits - logits.max())
     p /= p.sum()
     order = np.argsort(-p, kind="stable")
@@ -64,6 +65,7 @@ def judged(service: Service, decision: Decision, evidence: NDArray[np.float64]) 
     candidates = tuple(
         Candidate(expert=experts[k].expert, version=service.expert(experts[k].id).version, score=float(evidence[k]))
         for k in order
+        if prior[k] > 0
     )
     common = {"candidates": candidates, "confidence": float(p.max()), "threshold": None, "verdict": None}
     if decision.verdict.blend:

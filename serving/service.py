@@ -19,6 +19,7 @@ from serving.auth import Authenticator
 from serving.calibration import Calibration
 from serving.config import Settings
 from serving.engine import Engine
+from serving.groups import Groups
 from serving.materializer import Materializer
 from serving.residency import Residency
 from serving.traces import Traces
@@ -52,6 +53,7 @@ class Service:
             max_bytes=int(settings.engine.composites_mb * 2**20),
         )
         self.calibration = Calibration(self)
+        self.groups = Groups(self)
         self.traces = Traces()
         self.authenticator = Authenticator(registry.keys, always=not settings.server.loopback)
         self.failure: str | None = "The engine is still starting; try again in a few seconds."
@@ -81,6 +83,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.groups.close()
         await self.materializer.close()
         await self.engine.stop()
         self.router.close()
@@ -147,6 +150,8 @@ class Service:
             self.generation = generation
             self.materializer.renew()
             self.calibration.renew()
+            if self.preparing is None:
+                self.groups.renew()
         metrics.EXPERTS.set(len(self._active))
         metrics.GENERATION.set(self.generation)
 
@@ -207,6 +212,7 @@ class Service:
             on_fatal(error)
             return
         self.preparing = None
+        self.groups.renew()
         while True:
             metrics.READY.set(1)
             while (trouble := await self.engine.health()) is None:

@@ -69,6 +69,7 @@ async def explain_route(
     decision = await decide(service, model, body, caller, extension=extension, limit=None)
     trace = None
     if wanted or extension.trace:
+        decision = service.groups.within(decision)
         decision, trace = await traced(service, path, body, decision, model, caller)
     text = routing_text(body, service.settings.router.budget)
     return Explanation(model=model, text=text, decision=decision, trace=trace)

@@ -288,6 +288,7 @@ REFUSED = [
     ({"experts": [["shout"]]}, 400, "experts"),
     ({"experts": {"shout": "much", "count": 1}}, 400, "experts.shout"),
     ({"experts": {"shout": math.nan, "count": 1}}, 400, "finite"),
+    ({"experts": {"shout": -1e9, "count": 1}}, 400, "at most 1000"),
     ({"experts": {"shout": None, "count": 1}}, 400, "a weight, or none"),
     ({"experts": {"shout": 1, "count": 1}, "gate": "arrow"}, 400, "weights itself"),
     ({"experts": {"shout": 1, "count": 0}, "gate": "evidence"}, 400, "above 0"),

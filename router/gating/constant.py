@@ -26,7 +26,7 @@ class ConstantSettings(Settings):
 
 
 class Constant(Gate):
-    """g_k = w_k whatever the token: LoraRetriever's mixture (section 3.3), LoraHub's and LoRAuter's weights.
+    """g_k = w_k whatever the token: LoraRetriever's mixture, LoraHub's and LoRAuter's weights.
 
     The sum of outputs sum_k w_k s_k B_k A_k x has no cross terms, unlike a sum of the factors.
     """

@@ -21,7 +21,7 @@ TAXONOMY = Taxonomy(
 
 
 def subtract(expert: Factors | None, general: Factors | None) -> Factors | None:
-    """dW_k - dW_g = [B_k, -B_g] [A_k; A_g] (section 3.1), of rank r_k + r_g.
+    """dW_k - dW_g = [B_k, -B_g] [A_k; A_g], of rank r_k + r_g.
 
     Exact, unlike (B_k - B_g) (A_k - A_g), which has cross terms. None stands for a module without adapter: zero.
     """

@@ -22,7 +22,7 @@ class HiLoRASettings(Settings):
 
 
 class HiLoRA(Gate):
-    """B_k A_k = sum_j b_j a_j; a token keeps the components with the largest |a_j . x| (section 4.3).
+    """B_k A_k = sum_j b_j a_j; a token keeps the components with the largest |a_j . x|.
 
     Departure: the paper takes the rank-one components as they were trained, which depend on how B A happens to be
     factored. In scaled form |z_j| is the length of what the j-th singular direction adds to the output, which does not.
@@ -41,7 +41,7 @@ class HiLoRA(Gate):
         aggregation="output",
         generalization="out-of-distribution",
         user_data="zero-shot",
-        reference=Reference(title="HiLoRA (2025)", url="https://arxiv.org/abs/2510.12266"),
+        reference=Reference(title="HiLoRA (Han et al. 2025)", url="https://arxiv.org/abs/2510.12266"),
     )
     Settings: ClassVar[type[Settings]] = HiLoRASettings
 

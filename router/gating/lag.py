@@ -21,8 +21,9 @@ class LAGSettings(SpectRSettings):
 
 
 class LAG(SpectR):
-    """Per token and module: T = the k experts with the largest |v_k . x|, then argmax over T of |s_k B_k A_k x|
-    (section 3). With k at least the number of members this is SpectR's argmax.
+    """Per token and module: T = the k experts with the largest |v_k . x|, then argmax over T of |s_k B_k A_k x|.
+
+    With k at least the number of members this is SpectR's argmax.
     """
 
     equation: ClassVar[str] = "Arrow keeps `top_k`, of which the largest `norm(s_k B_k A_k x)` answers alone"

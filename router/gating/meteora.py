@@ -16,7 +16,7 @@ class MeteoraSettings(GateSettings):
 
 
 class Meteora(ScoreGate):
-    """s_k = w_k . x, softmax over the top k (section 3.2). w_k is expert k's row of the module's gate, an extra row."""
+    """s_k = w_k . x, softmax over the top k. w_k is expert k's row of the module's gate, an extra row."""
 
     equation: ClassVar[str] = "`w_k · x`"
     reads: ClassVar[str] = "extra row k"

@@ -17,7 +17,7 @@ class PhatgooseSettings(GateSettings):
 
 
 class Phatgoose(ScoreGate):
-    """s_k = LN(x) . LN(v_k) / sqrt(d); softmax over the top 2 (section 3.2). LN(a) = (a - mean(a)) / std(a).
+    """s_k = LN(x) . LN(v_k) / sqrt(d); softmax over the top 2. LN(a) = (a - mean(a)) / std(a).
 
     LN(v) has mean zero, so LN(x) . LN(v) = x . LN(v) / std(x): with the extra row LN(v_k) / sqrt(d) the score is
     that row of z divided by std(x).

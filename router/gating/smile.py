@@ -21,7 +21,7 @@ class SmileSettings(GateSettings):
 
 
 class Smile(ScoreGate):
-    """s_k = |V_k[:k_gate]^T x| (section 4.2): no singular values, so a loud expert has no advantage."""
+    """s_k = |V_k[:k_gate]^T x|: no singular values, so a loud expert has no advantage."""
 
     equation: ClassVar[str] = "`norm(V_k[:k_gate]ᵀ x)`"
     reads: ClassVar[str] = "length of the first rows of block k"

@@ -21,7 +21,7 @@ class SpectRSettings(GateSettings):
 
 
 class SpectR(ScoreGate):
-    """s_k = |s_k B_k A_k x| = |s_k S_k V_k^T x|, for U_k keeps lengths (section 3); or |V_k^T x|.
+    """s_k = |s_k B_k A_k x| = |s_k S_k V_k^T x|, for U_k keeps lengths; or |V_k^T x|.
 
     In scaled form block k of z is s_k S_k V_k^T x, in unit form V_k^T x.
     """

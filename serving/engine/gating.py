@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +34,12 @@ def spread_of(x: Tensor) -> Spread:
     return Spread(x.norm(dim=-1)[:, None, None], x.std(-1, correction=0)[:, None, None])
 
 
-def spread_of_sums(total: Tensor, squares: Tensor, d_in: int) -> Spread:
-    """The same from sum x and sum x^2, (t,) each in float64, of an input that several ranks share."""
-    variance = (squares / d_in - (total / d_in).square()).clamp_min(0)
-    return Spread(squares.sqrt().float()[:, None, None], variance.sqrt().float()[:, None, None])
+def spread_of_shares(x: Tensor, d_in: int, all_reduce: Callable[[Tensor], Tensor]) -> Spread:
+    """The same where every rank has a share x (t, d_in / ranks) of the input; `all_reduce` adds over the ranks."""
+    x = x.float()
+    total, squares = all_reduce(torch.stack([x.sum(-1), x.square().sum(-1)]))
+    variance = all_reduce((x - total[:, None] / d_in).square().sum(-1)) / d_in
+    return Spread(squares.sqrt()[:, None, None], variance.sqrt()[:, None, None])
 
 
 class SlotStep:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from serving.engine.batch import Batch
-from serving.engine.gating import Gates, Spread, spread_of, spread_of_sums
+from serving.engine.gating import Gates, Spread, spread_of, spread_of_shares
 from serving.engine.slots import Factors, Group, SlotAdapter
 
 #: Rows of the batch: all, a range, or an index.
@@ -113,7 +113,8 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
                 y[part.module, rows, : part.last - part.first] = z[:, part.first : part.last]
             step = self.gates.step(slot) if factors.table is not None else None
             if step is not None and step.needs_spread:
-                self._spreads[slot] = self._whole_spread(x_s, group.d_in)
+                whole = x_s.shape[-1] == group.d_in
+                self._spreads[slot] = spread_of(x_s) if whole else spread_of_shares(x_s, group.d_in, all_reduce)
 
     def add_expand(
         self,
@@ -146,12 +147,6 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
             z.zero_()
         else:
             step.gate_(z, factors, group.d_in, spread)
-
-    def _whole_spread(self, x: Tensor, d_in: int) -> Spread:
-        if x.shape[-1] == d_in:
-            return spread_of(x)
-        sums = all_reduce(torch.stack([x.double().sum(-1), x.double().square().sum(-1)]))
-        return spread_of_sums(sums[0], sums[1], d_in)
 
 
 def rows_of(mask: Tensor) -> Rows:

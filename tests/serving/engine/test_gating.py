@@ -12,6 +12,7 @@ from router.gating import GATES, gate_of
 from router.gating.gate import Step, Table
 from router.gating.layout import Layout, Member
 from serving.engine.batch import COLLECT, TRACE, WEIGHTS, Request
+from serving.engine.gating import spread_of, spread_of_shares
 from serving.engine.slots import table_of
 
 K, ROWS, BLOCK = 3, 4, 4
@@ -95,6 +96,22 @@ def test_scores_are_normalised_by_the_token_s_own_input(bench, settings):
         x = torch.randn(6, group.d_in) * 10
         expected = explicit(bench, 0, group, layout, constants, x)
         torch.testing.assert_close(bench.linear(group, x), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_ranks_that_share_an_input_agree_on_its_length_and_spread():
+    x = torch.randn(5, 12) + 3
+    shares, sums = list(x.chunk(3, 1)), []
+
+    def all_reduce(mine):  # what this rank adds is computed for the others as well
+        sums.append(mine)
+        return sum(step(share) for share in shares)
+
+    def step(share):
+        if len(sums) == 1:
+            return torch.stack([share.sum(-1), share.square().sum(-1)])
+        return (share - x.mean(-1, keepdim=True)).square().sum(-1)
+
+    torch.testing.assert_close(spread_of_shares(shares[0], 12, all_reduce), spread_of(x))
 
 
 def test_modules_that_no_expert_adapts_are_left_out_of_their_group(bench):

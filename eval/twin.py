@@ -136,26 +136,36 @@ def statistics_key(layout: Layout) -> str | None:
 class Running:
     """Evidence of the requests in a batch: cumulative over tokens within each group, then over groups.
 
-    add(g, score)[token] = sum over this and earlier tokens and over this and earlier groups of their scores.
+    add(g, score)[t] = sum over tokens t' <= t and groups g' <= g of decay^(t - t') score[t', g']. The engine's decay
+    is 1; others are for experiments.
     """
 
-    def __init__(self) -> None:
-        self.passed: dict[int, Tensor] = {}  # group -> (batch, K), sum over the tokens of earlier steps
+    def __init__(self, decay: float = 1.0) -> None:
+        self.decay = decay
+        self.passed: dict[int, Tensor] = {}  # group -> (batch, K), of all tokens of earlier steps
         self.mask = torch.ones(0)
 
     def start(self, mask: Tensor) -> None:
         """A step begins; `mask` (batch, length) is 0 where there is only padding."""
         self.mask = mask
-        self.depth: Tensor | float = 0.0  # (batch, length, K), sum over the groups so far
+        self.depth = torch.zeros(())  # (batch, length, K), over the groups so far
+        age = torch.arange(mask.shape[1])[:, None] - torch.arange(mask.shape[1])
+        self.fade = (self.decay ** age.clamp(min=0).double()) * (age >= 0)  # (length, length)
 
     def add(self, index: int, score: Tensor) -> Tensor:
-        score = score.view(*self.mask.shape, -1) * self.mask[..., None]  # (batch, length, K)
-        sums = score.cumsum(1)
+        score = score.view(*self.mask.shape, -1).double() * self.mask[..., None]  # (batch, length, K)
+        sums = torch.einsum("ts,bsk->btk", self.fade, score)
         if index in self.passed:
-            sums = sums + self.passed[index][:, None]
+            faded = self.decay * self.fade[:, 0]  # (length,)
+            sums = sums + faded[:, None] * self.passed[index][:, None]
         self.passed[index] = sums[:, -1]
         self.depth = self.depth + sums
-        return self.depth.flatten(0, 1)  # (batch * length, K)
+        return self.depth.flatten(0, 1).float()  # (batch * length, K)
+
+    @property
+    def total(self) -> Tensor:
+        """(batch, K) all evidence after the last token."""
+        return torch.stack(list(self.passed.values())).sum(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +226,7 @@ class Twin:
         *,
         explicit: bool = False,
         watch: Callable[[Seen], None] | None = None,
+        decay: float = 1.0,
     ) -> None:
         self.model = model
         self.layout = composite.layout
@@ -231,7 +242,8 @@ class Twin:
         ]
         self.linear = linear
         self.explicit = Explicit(self.layout) if explicit else None
-        self.evidence = Running()
+        self.decay = decay
+        self.evidence = Running(decay)
         self.given: Tensor | None = None
 
     def _hook(self, group: Group, i: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -270,7 +282,7 @@ class Twin:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks are in place, and evidence starts from nothing."""
-        self.evidence = Running()
+        self.evidence = Running(self.decay)
         hooks = [
             self.linear[name].register_forward_hook(self._hook(group, i))
             for group in self.groups

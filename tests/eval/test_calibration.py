@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ DATA = Path("eval/testbed/data")
 EXPERTS = {name: DATA / "experts" / name for name in ("vowels", "roman", "uppercase")}
 MODULE = "model.layers.1.self_attn.q_proj"
 PROMPTS = [[1, 5, 40, 41, 42, 6], [1, 5, 60, 61, 6]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def inputs_of(module: str) -> Tensor:
@@ -75,3 +84,12 @@ def test_evidence_over_the_neutral_prompts_themselves_adds_up_to_nothing(score: 
         twin.logprobs(prompt)
         total += torch.stack(list(twin.evidence.passed.values())).sum((0, 1))
     torch.testing.assert_close(total, torch.zeros(3), atol=0.05, rtol=0)
+
+
+def test_a_prompt_does_not_count_for_its_owner() -> None:
+    model, _ = load_base(DATA)
+    everyone = calibrate(model, EXPERTS, PROMPTS, ["roman", "vowels"])
+    second = calibrate(model, EXPERTS, PROMPTS[1:])
+    name, key = f"{MODULE}.mean", "statistics/scaled/spectr"
+    torch.testing.assert_close(everyone["roman"][key][name], second["roman"][key][name])
+    assert not torch.equal(everyone["uppercase"][key][name], second["uppercase"][key][name])

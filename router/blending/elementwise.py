@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -45,12 +46,13 @@ def keep_largest(X: Tensor, density: float) -> Tensor:
     if count == 0:
         return torch.zeros_like(X)
     magnitude = X.abs()
-    return X * (magnitude >= rank_from_top(magnitude, count))
+    return X.masked_fill(magnitude < rank_from_top(magnitude, count), 0)
 
 
-def rank_from_top(X: Tensor, count: int) -> Tensor:
-    """The count-th largest element of X, a scalar."""
-    return X.flatten().kthvalue(X.numel() - count + 1).values
+def rank_from_top(X: Tensor, count: int) -> float:
+    """The count-th largest element of X. (NumPy's selection takes half the time of torch's.)"""
+    at = X.numel() - count
+    return float(np.partition(X.numpy().ravel(), at)[at])
 
 
 def random_mask(X: Tensor, probability: float | Tensor, seed: int) -> Tensor:
@@ -85,8 +87,8 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], mean: Mean) -> Ten
     positive = votes >= 0
     result, counted = torch.zeros_like(votes), torch.zeros_like(votes)
     for delta, weight in zip(deltas, weights, strict=True):
-        turned = mean == "weights" and weight < 0  # the sign of w D is what votes
-        agrees = (torch.where(positive, delta, -delta) * (-1 if turned else 1)) > 0
+        votes_up = delta < 0 if mean == "weights" and weight < 0 else delta > 0
+        agrees = (votes_up == positive) & (delta != 0)
         result.addcmul_(delta, agrees.to(delta.dtype), value=weight)
         counted.add_(agrees, alpha=abs(weight) if mean == "weights" else 1)
     return torch.where(counted > 0, result / counted, 0.0)

@@ -54,7 +54,7 @@ def clamp(X: Tensor, low: float, high: float) -> Tensor:
     """Values below the `low` quantile and above the `1 - high` quantile become these."""
     size = X.numel()
     least = rank_from_top(X, size - min(math.floor(size * low), size - 1))
-    most = rank_from_top(X, size - max(math.floor(size * (1 - high)) - 1, 0)) if high else X.max()
+    most = rank_from_top(X, size - max(math.floor(size * (1 - high)) - 1, 0)) if high else float(X.max())
     return X.clamp(min=least, max=most)
 
 

@@ -58,7 +58,7 @@ def majority(deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     positive = sum(deltas[1:], deltas[0]) >= 0
     result, counted = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
     for delta, coefficient in zip(deltas, coefficients, strict=True):
-        agrees = torch.where(positive, delta, -delta) > 0
+        agrees = ((delta > 0) == positive) & (delta != 0)
         result.addcmul_(delta, agrees.to(delta.dtype), value=coefficient)
         counted.add_(agrees, alpha=coefficient)
     return torch.where(counted > 0, result / counted, 0.0)

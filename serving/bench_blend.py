@@ -1,0 +1,201 @@
+"""The measurements behind `moerge bench blend`: every operator at the shapes of a large model, beside PEFT's own.
+
+Ours go from members' folders to a blend's folder. PEFT's `add_weighted_adapter` is measured in memory, with its
+members loaded and nothing saved. Nothing is scaled up: a figure is for the modules that were really merged, and
+`ratios` compare the same modules.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters_registry.lora import CONFIG, WEIGHTS
+from router.blending import OPERATORS, blend
+from router.composite import Part
+from router.tensorfile import write_tensors
+
+Tell = Callable[[str], None]
+Modules = dict[str, tuple[int, int]]  # module -> (d_out, d_in)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is merged; the defaults are those of a 7B Llama with adapters on all linear layers."""
+
+    layers: int = 32
+    d: int = 4096
+    inner: int = 11008
+    members: int = 4
+    rank: int = 16
+
+    def modules(self, layers: int | None = None) -> Modules:
+        found: Modules = {}
+        for layer in range(self.layers if layers is None else layers):
+            path = f"model.layers.{layer}"
+            found |= {f"{path}.self_attn.{name}_proj": (self.d, self.d) for name in "qkvo"}
+            found |= {f"{path}.mlp.{name}_proj": (self.inner, self.d) for name in ("gate", "up")}
+            found[f"{path}.mlp.down_proj"] = (self.d, self.inner)
+        return found
+
+
+#: PEFT's name for an operator, and the settings with which both do the same.
+PEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "cat": ("cat", {}),
+    "linear": ("linear", {}),
+    "svd": ("svd", {}),
+    "ties": ("ties_svd", {"density": 0.2, "mean": "count"}),
+    "dare_linear": ("dare_linear_svd", {"density": 0.5}),
+    "dare_ties": ("dare_ties_svd", {"density": 0.5, "mean": "count"}),
+    "magnitude_prune": ("magnitude_prune_svd", {"density": 0.2}),
+}
+#: Those of PEFT that need no dense SVD, so that they can be measured on the whole model.
+LIGHT = ("cat", "linear")
+#: Operators that never form a dense matrix; `layer_swap` is measured with half of the layers given away.
+LOW_RANK = ("cat", "linear", "svd", "task_arithmetic", "smear", "layer_swap", "knots", "lego")
+
+
+def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: Tell) -> dict[str, Any]:
+    """Figures of all operators but those that need statistics, which are as large as the model.
+
+    `seconds` operator -> median of `rounds` (dense operators: one); `measured` how many modules that was for: all
+    layers, or `dense_layers` of them. `ratios` "svd/peft": our seconds over PEFT's, under 1 when ours is quicker;
+    `compared` both figures and the modules: all of them for `cat` and `linear`, one square module for what needs a
+    dense SVD in PEFT.
+    """
+    with tempfile.TemporaryDirectory(prefix="moerge-bench-") as name:
+        folder = Path(name)
+        whole = write_members(folder / "whole", shape.modules(), shape)
+        few = write_members(folder / "few", shape.modules(dense_layers), shape)
+        seconds, measured = {}, {}
+        for operator, declared in OPERATORS.items():
+            if declared.statistic is None:
+                low = operator in LOW_RANK
+                tell(f"{operator} ...")
+                half = {"layers": {whole[0].id: f"0-{max(shape.layers // 2 - 1, 0)}"}}
+                settings = half if operator == "layer_swap" else {}
+                members = whole if low else few
+                seconds[operator] = merge(folder / "blend", members, operator, settings, shape, rounds if low else 1)
+                measured[operator] = len(shape.modules(None if low else dense_layers))
+        compared = compare(folder, whole, shape, rounds, tell) if peft else {}
+    return {
+        "shape": asdict(shape),
+        "cores": os.cpu_count(),
+        "seconds": seconds,
+        "measured": measured,
+        "ratios": {f"{operator}/peft": each["ours"] / each["peft"] for operator, each in compared.items()},
+        "compared": compared,
+    }
+
+
+def compare(folder: Path, whole: list[Part], shape: Shape, rounds: int, tell: Tell) -> dict[str, dict[str, float]]:
+    """Operator -> seconds of `ours` and of `peft` for the same `modules`."""
+    first = dict([next(iter(shape.modules().items()))])
+    one = write_members(folder / "one", first, shape)
+    compared = {}
+    for operator, (kind, settings) in PEFT.items():
+        tell(f"{operator}, by PEFT ...")
+        if operator in LIGHT:
+            members, modules = whole, shape.modules()
+        else:
+            members, modules, settings = one, first, {**settings, "rank": shape.rank}
+        ours = merge(folder / "blend", members, operator, settings, shape, rounds)
+        theirs = by_peft(members, modules, kind, settings.get("density"), shape)
+        compared[operator] = {"ours": ours, "peft": theirs, "modules": len(modules)}
+    return compared
+
+
+def write_members(folder: Path, modules: Mapping[str, tuple[int, int]], shape: Shape) -> list[Part]:
+    """Random adapters with these modules."""
+    found = []
+    for k in range(shape.members):
+        path = folder / f"member{k}"
+        path.mkdir(parents=True)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for module, (d_out, d_in) in modules.items():
+            shapes[f"base_model.model.{module}.lora_A.weight"] = (shape.rank, d_in)
+            shapes[f"base_model.model.{module}.lora_B.weight"] = (d_out, shape.rank)
+        write_tensors(path / WEIGHTS, shapes, random_tensors(shapes, k))
+        config = {
+            "peft_type": "LORA",
+            "r": shape.rank,
+            "lora_alpha": 2 * shape.rank,
+            "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+        }
+        (path / CONFIG).write_text(json.dumps(config))
+        found.append(Part(id=f"member{k}", digest=f"{k:064x}", path=path))
+    return found
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for each in shapes.values():
+        yield torch.randn(each, generator=generator) * 0.02
+
+
+def merge(
+    folder: Path, members: list[Part], operator: str, settings: dict[str, Any], shape: Shape, rounds: int
+) -> float:
+    """Median seconds from the members' folders to the blend's."""
+    taken = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        blend(folder, members, weights_of(shape), operator, settings, max_rank=shape.members * shape.rank)
+        taken.append(time.perf_counter() - began)
+        shutil.rmtree(folder)
+    return statistics.median(taken)
+
+
+def weights_of(shape: Shape) -> list[float]:
+    return [1 / shape.members] * shape.members
+
+
+def by_peft(
+    members: list[Part], modules: Mapping[str, tuple[int, int]], kind: str, density: float | None, shape: Shape
+) -> float:
+    """Seconds that `add_weighted_adapter` takes, with the members in memory. Its SVD is told to be the reduced one."""
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    targets = sorted({path.rpartition(".")[2] for path in modules})
+    config = LoraConfig(r=shape.rank, lora_alpha=2 * shape.rank, target_modules=targets)
+    model = PeftModel(empty_model(modules), config, adapter_name=members[0].id)
+    for member in members[1:]:
+        model.add_adapter(member.id, config)
+    for member in members:
+        set_peft_model_state_dict(model, load_file(member.path / WEIGHTS), adapter_name=member.id)
+    options: dict[str, Any] = {"density": density} if density is not None else {}
+    if kind.endswith("svd"):
+        options["svd_full_matrices"] = False
+    names = [member.id for member in members]
+    began = time.perf_counter()
+    with torch.no_grad():
+        model.base_model.add_weighted_adapter(names, weights_of(shape), "merged", combination_type=kind, **options)
+    return time.perf_counter() - began
+
+
+def empty_model(modules: Mapping[str, tuple[int, int]]) -> torch.nn.Module:
+    """Linear layers in these places. Nobody reads their weights, so they are never written: no memory is touched."""
+    base = torch.nn.Module()
+    for path, (d_out, d_in) in modules.items():
+        place = base
+        *parents, last = path.split(".")
+        for name in parents:
+            if not hasattr(place, name):
+                place.add_module(name, torch.nn.Module())
+            place = place.get_submodule(name)
+        with torch.device("meta"):
+            linear = torch.nn.Linear(d_in, d_out, bias=False, dtype=torch.bfloat16)
+        place.add_module(last, linear.to_empty(device="cpu"))
+    return base

@@ -149,6 +149,8 @@ def _unsupported(adapters: Mapping[str, Adapter]) -> Iterator[str]:
             found.add("embeddings")
         for what in sorted(found):
             yield f"'{name}' adapts {what}, which cannot be gated; serve it alone."
+        if strange := adapter.names.unexpected:
+            yield f"'{name}' holds more than LoRA factors ({_listing(strange)}), which stacking loses; serve it alone."
         if odd := sorted(adapter.names.A.keys() ^ adapter.names.B.keys()):
             yield f"'{name}' has only one of the two factors of {_listing(odd)}; it is damaged, register it again."
 

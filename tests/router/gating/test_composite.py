@@ -224,6 +224,15 @@ def test_layers_that_cannot_be_gated_are_refused(module: str, what: str, worksho
     assert refused(parts, "arrow", {}) == f"'{parts[1].id}' adapts {what}, which cannot be gated; serve it alone."
 
 
+def test_tensors_that_are_no_factors_are_refused(parts: list[Part]) -> None:
+    magnitude = f"base_model.model.{Q}.lora_magnitude_vector"
+    retensor(parts[0].path / WEIGHTS, lambda tensors: tensors.update({magnitude: torch.ones(24)}))
+    retensor(parts[1].path / WEIGHTS, lambda tensors: tensors.pop(A_Q))
+    message = refused(parts, "arrow", {})
+    assert f"'{parts[0].id}' holds more than LoRA factors ({magnitude})" in message
+    assert f"'{parts[1].id}' has only one of the two factors of {Q}" in message
+
+
 def test_too_many_rows_come_with_an_offer(parts: list[Part]) -> None:
     message = refused(parts, "arrow", {}, max_rank=8)
     assert "9 rank rows (4 + 3 + 2), over the engine's limit of 8" in message

@@ -1,11 +1,12 @@
-"""`moerge bench`: what routing costs."""
+"""`moerge bench`: what routing and gates cost."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from serving.commands.common import AsJson, err, fail, out, print_json
@@ -58,3 +59,76 @@ def bench_serve(
     out.print(f"time to a decision, one at a time: p50 {route['p50']:.1f} ms, p95 {route['p95']:.1f} ms")
     out.print(f"POST /v1/experts to the first routed answer: {result['register_to_answer_s']:.2f} s")
     out.print(f"start-up: {result['startup_s']:.0f} s, with the manifest's experts registered")
+
+
+@app.command("gated")
+def bench_gated(
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated; 1, 8 and 32 when not given.")] = None,
+    tokens: Annotated[int, typer.Option(min=4, help="Tokens of each answer.")] = 32,
+    prefill: Annotated[int, typer.Option(min=0, help="Tokens of the long prompt; 0: none.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything takes its turn.")] = 4,
+    gate: Annotated[list[str] | None, typer.Option(help="May be repeated; all that it knows when not given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What token-level gates cost: one adapter, a stack of four without a gate, every gate, stock vLLM and PEFT.
+
+    All take turns in one run on a random model of 100 M parameters, with one thread each. `ratios` has the speed of
+    one kind over another's, `arrow/stack@8` for instance: the median of the rounds' pairs. About ten minutes.
+    """
+    from serving import bench_gated as gated
+    from serving.bench import BenchFailed
+
+    gates = gate or list(gated.GATES)
+    if unknown := [each for each in gates if each not in gated.GATES]:
+        fail(f"No gate to measure: {', '.join(unknown)}. There are: {', '.join(gated.GATES)}.")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=err, transient=True) as progress:
+            task = progress.add_task("", total=None)
+
+            def tell(what: str, done: int, total: int) -> None:
+                progress.update(task, description=what, completed=done, total=total or None)
+
+            result = gated.bench_gated(sorted(batch or [1, 8, 32]), tokens, prefill, rounds, gates, tell)
+    except BenchFailed as error:
+        fail(str(error))
+    if as_json:
+        print_json(result)
+    else:
+        out.print(speeds(result))
+
+
+def speeds(result: dict[str, Any]) -> Table:
+    """Tokens/s of every kind at every piece of work, and how that compares with the stack without a gate."""
+    table = Table("", *result["tokens_per_s"], caption="tokens/s (speed over the stack without a gate)")
+    kinds = next(iter(result["tokens_per_s"].values()))
+    for kind in kinds:
+        cells = []
+        for work, speed in result["tokens_per_s"].items():
+            ratio = result["ratios"].get(f"{kind}/stack@{work}")
+            cells.append(f"{speed[kind]:.4g}" + (f" ({ratio:.2f})" if ratio else ""))
+        table.add_row(kind, *cells)
+    return table
+
+
+@app.command("kernel")
+def bench_kernel(as_json: AsJson = False) -> None:
+    """The GPU kernel of the gates against vLLM's own shrink and expand, at the shapes of a 7B model.
+
+    Needs a GPU; without one it says so and measures nothing.
+    """
+    from serving.bench_kernel import Unavailable, bench_kernel
+
+    try:
+        rows = bench_kernel()
+    except Unavailable as error:
+        out.print(f"Nothing measured: {error}")
+        return
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("module", "tokens", "shrink + expand us", "gate us", "share")
+    for row in rows:
+        lora, gate = row["lora_us"], row["gate_us"]
+        table.add_row(row["module"], str(row["tokens"]), f"{lora:.1f}", f"{gate:.1f}", f"{gate / lora:.2f}")
+    out.print(table)

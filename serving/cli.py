@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from serving.commands import ask, bench, doctor, experts, groups, keys, serve
+from serving.commands import ask, bench, doctor, experts, gates, groups, keys, serve
 
 app = typer.Typer(
     name="moerge",
@@ -40,6 +40,7 @@ app.command("chat")(ask.chat)
 app.command("doctor")(doctor.doctor)
 app.add_typer(experts.app, name="expert")
 app.add_typer(keys.app, name="keys")
+app.add_typer(gates.app, name="gates")
 app.add_typer(groups.app, name="groups")
 app.add_typer(bench.app, name="bench")
 for entry in sorted(metadata.entry_points(group="moerge.commands"), key=lambda entry: entry.name):

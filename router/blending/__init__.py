@@ -12,7 +12,7 @@ from router.blending.errors import BlendError
 from router.blending.folder import LINEAGE, Report, write_blend
 from router.blending.lorahub import lorahub
 from router.blending.operator import Operator
-from router.blending.operators import OPERATORS, operator_of, operators_table
+from router.blending.operators import OPERATORS, SEARCHES, operator_of, operators_table
 from router.blending.plan import check_weights, make_plan
 from router.blending.soup import soup
 from router.composite.part import Part, stored_digest
@@ -20,6 +20,7 @@ from router.composite.part import Part, stored_digest
 __all__ = [
     "LINEAGE",
     "OPERATORS",
+    "SEARCHES",
     "BlendError",
     "Operator",
     "Report",

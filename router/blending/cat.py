@@ -17,7 +17,7 @@ def concatenate(shares: Sequence[Share], weights: Sequence[float]) -> Factors:
     A = torch.empty(B.shape[1], shares[0].A.shape[1])
     start = 0
     for share, weight in zip(shares, weights, strict=True):
-        torch.mul(share.A, weight * share.scale, out=A[start : start + share.rank])
+        torch.mul(share.A.float(), weight * share.scale, out=A[start : start + share.rank])
         start += share.rank
     return Factors(B=B, A=A)
 

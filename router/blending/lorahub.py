@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from router.blending.search import Found, Tried, distinct
+from router.blending.search import Found, Search, Tried, distinct
 from router.taxonomy import Reference
 
-REFERENCE = Reference(title="LoraHub (Huang et al. 2023)", url="https://arxiv.org/abs/2307.13269")
+LORAHUB = Search(
+    formula="weights: a gradient-free search for the smallest loss",
+    reference=Reference(title="LoraHub (Huang et al. 2023)", url="https://arxiv.org/abs/2307.13269"),
+    seeded=True,
+)
 
 Loss = Callable[[Sequence[float]], float]
 

@@ -19,15 +19,18 @@ from router.blending.knots import KnOTS
 from router.blending.layer_swap import LayerSwap
 from router.blending.lego import Lego
 from router.blending.linear import Linear
+from router.blending.lorahub import LORAHUB
 from router.blending.magnitude_prune import MagnitudePrune
 from router.blending.operator import Operator
 from router.blending.pcb import PCB
 from router.blending.regmean import RegMean
 from router.blending.sce import SCE
 from router.blending.smear import Smear
+from router.blending.soup import SOUP
 from router.blending.svd import SVD
 from router.blending.task_arithmetic import TaskArithmetic
 from router.blending.ties import Ties
+from router.taxonomy import Reference
 
 OPERATORS: dict[str, type[Operator]] = {
     "cat": Cat,
@@ -52,6 +55,10 @@ OPERATORS: dict[str, type[Operator]] = {
 }
 
 
+#: Methods that look for the weights of a blend.
+SEARCHES = {"soup": SOUP, "lorahub": LORAHUB}
+
+
 def operator_of(name: str, settings: Mapping[str, Any]) -> Operator:
     """Raises BlendError for a name it does not know, and for settings that the operator has not or cannot take."""
     if name not in OPERATORS:
@@ -69,7 +76,7 @@ def operator_of(name: str, settings: Mapping[str, Any]) -> Operator:
 
 
 def operators_table() -> str:
-    """What every operator declares about itself, as a Markdown table: one row to an operator."""
+    """What every operator and search declares about itself, as a Markdown table: one row to each."""
     rows = [["operator", "computes", "weights", "result", "density", "seed", "needs", "reference"], ["---"] * 8]
     for name, operator in OPERATORS.items():
         fields, reference = operator.Settings.model_fields, operator.reference
@@ -83,7 +90,14 @@ def operators_table() -> str:
                 f"`{density}` {fields[density].default}" if density else "",
                 "yes" if "seed" in fields else "",
                 operator.statistic or "",
-                f"[{reference.title}]({reference.url})" if reference else "",
+                _link(reference) if reference else "",
             ]
         )
+    for name, search in SEARCHES.items():
+        seed = "yes" if search.seeded else ""
+        rows.append([f"`{name}`", search.formula, "found", "", "", seed, "labelled set", _link(search.reference)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _link(reference: Reference) -> str:
+    return f"[{reference.title}]({reference.url})"

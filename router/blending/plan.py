@@ -186,6 +186,8 @@ def _bases(parts: Sequence[Part], sources: Mapping[str, Source]) -> Iterator[str
 
 def _unsupported(sources: Mapping[str, Source]) -> Iterator[str]:
     for name, source in sources.items():
+        if not source.adapted:
+            yield f"'{name}' adapts no module; there is nothing to blend."
         if source.names.embeddings:
             yield f"'{name}' adapts embeddings, which cannot be blended; serve it alone."
         if source.names.unexpected:

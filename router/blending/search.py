@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from router.taxonomy import Reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """What a search declares, for the table that operators are in, too."""
+
+    formula: str
+    reference: Reference
+    seeded: bool
 
 
 class Tried(NamedTuple):

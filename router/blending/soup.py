@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from router.blending.search import Found, Tried, distinct
+from router.blending.search import Found, Search, Tried, distinct
 from router.taxonomy import Reference
 
-REFERENCE = Reference(title="Model soups (Wortsman et al. 2022)", url="https://arxiv.org/abs/2203.05482")
+SOUP = Search(
+    formula="weights: the uniform mean of the members that help",
+    reference=Reference(title="Model soups (Wortsman et al. 2022)", url="https://arxiv.org/abs/2203.05482"),
+    seeded=False,
+)
 
 Score = Callable[[Sequence[float]], float]
 

@@ -116,6 +116,19 @@ def test_every_operator_takes_members_that_differ(tmp_path: Path, mixed: list[Pa
     assert all(bool(update.isfinite().all()) and bool(update.any()) for update in found.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_members_of_half_precision_are_merged_in_float32(
+    tmp_path: Path, adapters: list[Path], part: MakePart, dtype: torch.dtype
+) -> None:
+    half = shutil.copytree(adapters[0], tmp_path / "half")
+    save_file({key: value.to(dtype) for key, value in load_file(half / WEIGHTS).items()}, half / WEIGHTS)
+    members = [part(half), part(adapters[1])]
+    blend(tmp_path / "blend", members, [0.3, 0.7], max_rank=64)
+    first, second = updates(half), updates(adapters[1])
+    expected = {module: 0.3 * first[module] + 0.7 * second[module] for module in first}
+    torch.testing.assert_close(updates(tmp_path / "blend"), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_over_the_engine_s_limit_the_best_low_rank_is_kept_and_the_loss_told(tmp_path: Path, parts: list[Part]) -> None:
     weights = [0.4, 0.3, 0.2, 0.1]
     blend(tmp_path / "whole", parts, weights, max_rank=16)
@@ -297,6 +310,8 @@ def test_a_damaged_or_unusual_member_is_refused(tmp_path: Path, adapter: Path, p
     half = {key: value for key, value in weights.items() if key != name}
     save_file(half, adapter / WEIGHTS)
     assert "only one of the two factors" in refused(tmp_path, [part(adapter)], [1])
+    save_file({}, adapter / WEIGHTS)
+    assert "adapts no module" in refused(tmp_path, [part(adapter)], [1])
     save_file({**weights, "base_model.model.model.layers.0.lora_magnitude_vector": torch.ones(3)}, adapter / WEIGHTS)
     assert "more than plain LoRA factors" in refused(tmp_path, [part(adapter)], [1])
 

@@ -24,6 +24,8 @@ UNSUPPORTED = {
     "experts": "fused mixture-of-experts layers",
 }
 
+Named = Sequence[tuple[Part, Adapter]]
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -62,49 +64,47 @@ def make_plan(
     general: Part | None,
     compress: int | None,
 ) -> Plan:
-    """Raises CompositeError with every reason."""
-    reasons = list(_membership(parts))
-    chosen: dict[str, Any] = {}
-    try:
-        chosen = chosen_settings(gate, settings)
-    except CompositeError as error:
-        reasons += error.reasons
-    if compress is not None and compress < 1:
-        reasons.append(f"compress is {compress}; it is a rank, so at least 1.")
+    """Raises CompositeError with every reason that can be found: some keep it from looking further."""
+    reasons = [*_membership(parts, general), *_setting_problems(gate, settings, compress)]
     adapters, broken = _read([*parts, *([general] if general else [])])
-    reasons += broken
     if broken or not parts:
-        raise CompositeError(reasons)
-    subtracted = adapters.pop() if general else None
-    everything = {part.id: adapter for part, adapter in zip(parts, adapters, strict=True)}
-    if general and subtracted:
-        everything[general.id] = subtracted
-    reasons += _bases([*parts, *([general] if general else [])], everything)
-    reasons += _unsupported(everything)
-    modules, conflicts = _shapes(everything)
-    reasons += conflicts
+        raise CompositeError([*reasons, *broken])
+    named = list(zip([*parts, *([general] if general else [])], adapters, strict=True))
+    modules, conflicts = _shapes(named)
+    reasons += [*_bases(named), *_unsupported(named), *conflicts]
     if reasons:
         raise CompositeError(reasons)
-    members = tuple(
-        Member(id=part.id, rows=_rows(adapter, subtracted, modules, compress))
-        for part, adapter in zip(parts, adapters, strict=True)
-    )
+    subtracted = adapters.pop() if general else None
+    rows = [_rows(adapter, subtracted, modules, compress) for adapter in adapters]
+    layout, ready = _layout(parts, rows, gate, chosen_settings(gate, settings))
+    key = statistics_key(ready, general=general, compress=compress)
+    made = Plan(parts, adapters, subtracted, ready, layout, modules, key, compress is not None)
+    if reasons := [*_rank(layout, max_rank), *_stored(made)]:
+        raise CompositeError(reasons)
+    return made
+
+
+def _layout(parts: Sequence[Part], rows: Sequence[int], gate: str, settings: dict[str, Any]) -> tuple[Layout, Gate]:
+    members = tuple(Member(id=part.id, rows=each) for part, each in zip(parts, rows, strict=True))
     extra = len(members) if GATES[gate].extra else 0
-    layout = Layout(gate=gate, settings=chosen, members=members, extra=extra)
+    layout = Layout(gate=gate, settings=settings, members=members, extra=extra)
     try:
         ready = gate_of(layout)
     except ValueError as error:
         raise CompositeError([f"Gate '{gate}': {error}."]) from error
-    layout = layout.model_copy(update={"form": ready.form})
-    key = statistics_key(ready, general=general, compress=compress)
-    reasons += _rank(layout, max_rank)
-    reasons += _stored(parts, adapters, subtracted, layout, ready, modules, key)
-    if reasons:
-        raise CompositeError(reasons)
-    return Plan(parts, adapters, subtracted, ready, layout, modules, key, compress is not None)
+    return layout.model_copy(update={"form": ready.form}), ready
 
 
-def _membership(parts: Sequence[Part]) -> Iterator[str]:
+def _setting_problems(gate: str, settings: Mapping[str, Any], compress: int | None) -> Iterator[str]:
+    try:
+        chosen_settings(gate, settings)
+    except CompositeError as error:
+        yield from error.reasons
+    if compress is not None and compress < 1:
+        yield f"compress is {compress}; it is a rank, so at least 1."
+
+
+def _membership(parts: Sequence[Part], general: Part | None) -> Iterator[str]:
     if len(parts) < 2:
         got = f"only '{parts[0].id}'" if parts else "none"
         yield f"A composite needs at least two experts; it got {got}."
@@ -117,6 +117,8 @@ def _membership(parts: Sequence[Part]) -> Iterator[str]:
     for ids in names.values():
         if len(set(ids)) > 1:
             yield f"{_listing(ids)} are the same adapter under different names; keep one of them."
+    if general is not None and general.digest in names:
+        yield f"'{general.id}' is general knowledge and a member; nothing would be left of it."
 
 
 def _read(parts: Sequence[Part]) -> tuple[list[Adapter], list[str]]:
@@ -129,11 +131,11 @@ def _read(parts: Sequence[Part]) -> tuple[list[Adapter], list[str]]:
     return adapters, reasons
 
 
-def _bases(parts: Sequence[Part], adapters: Mapping[str, Adapter]) -> Iterator[str]:
+def _bases(named: Named) -> Iterator[str]:
     """Folders say nothing about which weights are in them, so that of configurations only Hub ids count."""
     bases: dict[str, list[str]] = {}
-    for part in parts:
-        declared = adapters[part.id].config.base_model_name_or_path or ""
+    for part, adapter in named:
+        declared = adapter.config.base_model_name_or_path or ""
         base = part.base_model or (declared if declared.count("/") == 1 and declared[0] not in "/.~" else None)
         if base:
             bases.setdefault(base.casefold(), []).append(part.id)
@@ -142,36 +144,34 @@ def _bases(parts: Sequence[Part], adapters: Mapping[str, Adapter]) -> Iterator[s
         yield f"The experts are for different base models ({listed}); only experts of one base model fit together."
 
 
-def _unsupported(adapters: Mapping[str, Adapter]) -> Iterator[str]:
-    for name, adapter in adapters.items():
+def _unsupported(named: Named) -> Iterator[str]:
+    for part, adapter in named:
         found = {what for layer, what in UNSUPPORTED.items() if any(layer in m.split(".") for m in adapter.modules)}
         if adapter.names.embeddings:
             found.add("embeddings")
         for what in sorted(found):
-            yield f"'{name}' adapts {what}, which cannot be gated; serve it alone."
+            yield f"'{part.id}' adapts {what}, which cannot be gated; serve it alone."
+        if not adapter.modules:
+            yield f"'{part.id}' adapts nothing; it is damaged, register it again."
         if strange := adapter.names.unexpected:
-            yield f"'{name}' holds more than LoRA factors ({_listing(strange)}), which stacking loses; serve it alone."
+            yield f"'{part.id}' is more than LoRA factors ({_listing(strange)}), which stacking loses; serve it alone."
         if odd := sorted(adapter.names.A.keys() ^ adapter.names.B.keys()):
-            yield f"'{name}' has only one of the two factors of {_listing(odd)}; it is damaged, register it again."
+            yield f"'{part.id}' has only one of the two factors of {_listing(odd)}; it is damaged, register it again."
 
 
-def _shapes(adapters: Mapping[str, Adapter]) -> tuple[dict[str, tuple[int, int]], list[str]]:
+def _shapes(named: Named) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """{module: (d_out, d_in)} of all modules, and contradictions."""
     modules: dict[str, tuple[int, int]] = {}
     first: dict[str, str] = {}
-    conflicts: dict[tuple[str, str], list[str]] = {}
-    for name, adapter in adapters.items():
+    conflicts: dict[tuple[str, str], str] = {}
+    for part, adapter in named:
         for module in sorted(adapter.names.A.keys() & adapter.names.B.keys()):
             shape = adapter.shape(module)
-            if modules.setdefault(module, shape) != shape:
-                conflicts.setdefault((first[module], name), []).append(module)
-            first.setdefault(module, name)
-    reasons = []
-    for (one, other), where in conflicts.items():
-        d_out, d_in = adapters[other].shape(where[0])
-        reasons.append(
-            f"'{one}' and '{other}' are for different base models: {where[0]} is {modules[where[0]][0]} x "
-            f"{modules[where[0]][1]} for the first and {d_out} x {d_in} for the second."
-        )
+            known, owner = modules.setdefault(module, shape), first.setdefault(module, part.id)
+            if known != shape:
+                contrast = f"{known[0]} x {known[1]} for the first and {shape[0]} x {shape[1]} for the second"
+                conflicts.setdefault((owner, part.id), f"{module} is {contrast}")
+    reasons = [f"'{a}' and '{b}' are for different base models: {what}." for (a, b), what in conflicts.items()]
     return dict(sorted(modules.items())), reasons
 
 
@@ -200,27 +200,20 @@ def _rank(layout: Layout, max_rank: int) -> Iterator[str]:
     yield f"The composite has {layout.rank} rank rows ({sizes}), over the engine's limit of {max_rank}: {advice}."
 
 
-def _stored(
-    parts: Sequence[Part],
-    adapters: Sequence[Adapter],
-    general: Adapter | None,
-    layout: Layout,
-    gate: Gate,
-    modules: Mapping[str, tuple[int, int]],
-    key: str | None,
-) -> Iterator[str]:
+def _stored(plan: Plan) -> Iterator[str]:
     """Vectors and statistics that the gate needs and an expert does not bring, or brings in the wrong shape."""
-    for part, adapter, member in zip(parts, adapters, layout.members, strict=True):
-        mine = [m for m in modules if adapter.rank(m) or (general and general.rank(m))]
-        if gate.extra:
-            shapes = {module: (modules[module][1],) for module in mine}
+    layout, general = plan.layout, plan.general
+    for part, adapter, member in zip(plan.parts, plan.adapters, layout.members, strict=True):
+        mine = [module for module in plan.modules if adapter.rank(module) or (general and general.rank(module))]
+        if plan.gate.extra:
+            shapes = {module: (plan.modules[module][1],) for module in mine}
             advice = f"train them with `moerge gates train {_name(part)}`"
             yield from _lacking(part, layout.gate, shapes, f"gate vectors for '{layout.gate}'", advice)
-        if (tables := tables_of(gate)) and key is not None:
+        if (tables := tables_of(plan.gate)) and plan.key is not None:
             sizes: dict[str, tuple[int, ...]] = {"mean": (), "deviation": (), "centre": (member.rows,)}
             wanted = {f"{module}.{table}": sizes[table] for module in mine for table in tables}
             advice = f"measure them with `moerge gates calibrate {_name(part)}`"
-            yield from _lacking(part, key, wanted, f"'{key}'", advice)
+            yield from _lacking(part, plan.key, wanted, f"'{plan.key}'", advice)
 
 
 def _lacking(part: Part, key: str, shapes: Mapping[str, tuple[int, ...]], what: str, advice: str) -> Iterator[str]:

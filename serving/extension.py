@@ -121,8 +121,10 @@ class Extension(BaseModel):
 
 def take_extension(body: dict[str, Any]) -> tuple[dict[str, Any], Extension]:
     """The body without `moerge`, and what that says. Raises BadRequest."""
-    arguments = body.get("vllm_xargs")
-    if isinstance(arguments, dict) and (ours := sorted(key for key in arguments if key.startswith(OURS))):
+    arguments = body.get("vllm_xargs") or {}
+    if not isinstance(arguments, dict):
+        raise BadRequest(f"'vllm_xargs' must be an object; got {arguments!r:.80}.", param="vllm_xargs")
+    if ours := sorted(key for key in arguments if key.startswith(OURS)):
         raise BadRequest(
             f"'vllm_xargs' must not have {', '.join(ours)[:200]}: use 'moerge' instead.", param="vllm_xargs"
         )

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -237,17 +237,22 @@ def adapter_for(gate: str, digest: str, path: Path) -> Adapter:
     return Adapter(name=f"auto:{gate}@{digest[:12]}", path=path, shown=f"auto:{gate}", digest=digest)
 
 
-def needed_tensors(gate: str, settings: Mapping[str, Any], members: int) -> list[str]:
+def needed_tensors(gate: str, settings: Mapping[str, Any], members: int) -> tuple[str, ...]:
     """Keys of what a gate needs of every expert beside its weights. Raises CompositeError for wrong settings."""
+    return _needed_tensors(gate, json.dumps(settings, sort_keys=True), members)
+
+
+@lru_cache(maxsize=256)
+def _needed_tensors(gate: str, settings: str, members: int) -> tuple[str, ...]:
     if gate not in GATES:
         raise CompositeError([f"No gate {gate!r}. There are {', '.join(GATES)}."])
     names = tuple(Member(id=str(k), rows=1) for k in range(max(members, 2)))
     try:
-        made = gate_of(Layout(gate=gate, settings=dict(settings), members=names))
+        made = gate_of(Layout(gate=gate, settings=json.loads(settings), members=names))
     except ValueError as error:
         raise CompositeError([f"The settings do not suit the gate {gate!r}: {problems(error)}."]) from error
     statistics = statistics_key(made) if tables_of(made) else None
-    return [key for key in (gate if made.extra else None, statistics) if key is not None]
+    return tuple(key for key in (gate if made.extra else None, statistics) if key is not None)
 
 
 def problems(error: ValueError) -> str:

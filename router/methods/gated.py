@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -56,6 +57,8 @@ class GatedSettings(RetrievalSettings):
     def _settings_that_the_gate_has(self) -> Self:
         if self.gate:
             gate_type(self.name).Settings.model_validate(self.gate)
+        if self.gate.get("weights") is not None:
+            raise ValueError("a mixture's weights are retrieval's; requests can bring their own (moerge.experts)")
         return self
 
     def retrieval(self) -> RetrievalSettings:
@@ -102,6 +105,7 @@ class Gated(Method):
         self.encodes = self.weighted or not settings.group
         self._max_rank = library.max_rank
         self._rows = [expert.rank + gate.extra for expert in library.experts]
+        self._digests = [expert.digest for expert in library.experts]
         self._cold = np.array([not expert.samples for expert in library.experts], bool)  # (n,)
         self._group = np.array([expert.name in settings.group for expert in library.experts], bool)  # (n,)
 
@@ -122,7 +126,7 @@ class Gated(Method):
         return self.settings.cold > 0 and bool((query.among & self._cold).any())
 
     def choose(self, query: Query, scores: Scores, ranked: Sequence[int]) -> Choice:
-        wanted = list(ranked) if self.settings.group else self._shortlist(query, scores, ranked)
+        wanted = self._distinct(ranked if self.settings.group else self._shortlist(query, scores, ranked))
         members = sorted(self._fitting(wanted))
         reason = ""
         if len(members) < len(wanted):
@@ -144,9 +148,10 @@ class Gated(Method):
 
     def _shortlist(self, query: Query, scores: Scores, ranked: Sequence[int]) -> list[int]:
         """The best experts, with experts without samples in the last places: which ones, the prompt's hash says."""
-        size, cold = self.settings.shortlist, np.flatnonzero(query.among & self._cold)
-        warm = [k for k in ranked if not self._cold[k]]
-        places = min(self.settings.cold, len(cold), size - bool(warm))
+        size, apart = self.settings.shortlist, self._cold & (self.settings.cold > 0)
+        cold = np.flatnonzero(query.among & apart)
+        warm = [k for k in ranked if not apart[k]]
+        places = min(len(cold), max(self.settings.cold, size - len(warm)), size - bool(warm))
         best = warm[: size - places]
         if self.settings.mass is not None and best:
             shares = np.exp((scores[warm] - scores[warm[0]]) / self.temperature)
@@ -157,14 +162,20 @@ class Gated(Method):
 
     def _fitting(self, wanted: Sequence[int]) -> list[int]:
         """Those that fit the engine's rank together: the first, then experts without samples, then the others."""
-        if self._max_rank is None:
-            return list(wanted)
-        left, kept = self._max_rank, []
+        left = math.inf if self._max_rank is None else self._max_rank
+        kept: list[int] = []
         for k in [wanted[0], *sorted(wanted[1:], key=lambda k: not self._cold[k])]:
             if self._rows[k] <= left:
                 left -= self._rows[k]
                 kept.append(k)
         return kept
+
+    def _distinct(self, wanted: Sequence[int]) -> list[int]:
+        """The same adapter under several names has one place: the first's."""
+        seen: dict[str, int] = {}
+        for k in wanted:
+            seen.setdefault(self._digests[k], k)
+        return list(seen.values())
 
     def _weights(self, scores: Scores, cold: NDArray[np.bool_]) -> NDArray[np.float64]:
         """(K,) softmax(scores / temperature), or equal ones; an expert without samples has the mean, 1/K."""

@@ -17,6 +17,7 @@ def route(
     prompt: Annotated[str, typer.Argument(help="What a user would ask.")],
     model: Model = "auto",
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Read the prompt once; show how a gate weighs it.")] = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -25,7 +26,7 @@ def route(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     with client(url, api_key) as http:
-        body = answer(http.post("/v1/route", json={"model": model, "messages": messages}))
+        body = answer(http.post("/v1/route", json={"model": model, "messages": messages, "trace": trace}))
     if as_json:
         print_json(body)
         return
@@ -41,6 +42,18 @@ def route(
         table.add_row(f"{each['expert']} v{each['version']}", f"{each['score']:.3f}")
     if decision["threshold"] is not None:
         table.caption = f"threshold {decision['threshold']:.3f}"
+    out.print(table)
+    if body["trace"]:
+        show_trace(body["trace"])
+
+
+def show_trace(trace: dict[str, Any]) -> None:
+    """Mean weights over all layers, and on how many tokens each expert had the largest weight."""
+    rows = trace["weights"]
+    table = Table("expert", "mean weight", "tokens", "evidence", caption=f"{trace['gate']}, {trace['tokens']} tokens")
+    for k, name in enumerate(trace["experts"]):
+        mean = sum(row[k] for row in rows) / max(len(rows), 1)
+        table.add_row(name, f"{mean:.3f}", str(trace["top"].count(k)), f"{trace['evidence'][k]:.1f}")
     out.print(table)
 
 

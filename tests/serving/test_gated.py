@@ -331,6 +331,13 @@ async def test_two_answers_to_one_question_are_refused(world, model, moerge, say
     assert says in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("given", [[1], "x", 7])
+async def test_arguments_that_are_no_object_are_refused(world, given):
+    response = await world.ask("auto:constant", REVERSE, vllm_xargs=given)
+    assert response.status_code == 400
+    assert "vllm_xargs" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("key", ["moerge_weights", "moerge_trace", "moerge_anything"])
 async def test_the_server_s_own_arguments_are_refused(world, key):
     response = await world.ask("reverse", REVERSE, vllm_xargs={key: [1.0]})

@@ -105,6 +105,23 @@ def test_with_experts_that_retrieval_cannot_judge_the_gate_decides(
     assert names(route(words, [make_expert("cold-a"), make_expert("cold-b")], NEITHER, cold=4)) == ["cold-a", "cold-b"]
 
 
+def test_experts_without_samples_fill_the_places_that_are_left(words: Any, make_expert: MakeExpert) -> None:
+    cold = [make_expert(name) for name in ("cold-a", "cold-b", "cold-c")]
+    assert names(route(words, cold, NEITHER)) == ["cold-a", "cold-b", "cold-c"]
+    known = make_expert("reverse", *SAMPLES["reverse"])
+    assert names(route(words, [*cold, known], REVERSE)) == ["cold-a", "cold-b", "cold-c", "reverse"]
+    assert len(names(route(words, cold, NEITHER, shortlist=2))) == 2
+    assert route(words, cold, NEITHER, cold=0).kind == "base"
+    assert route(words, cold, NEITHER, cold=0, threshold=-1).kind == "gate"
+
+
+def test_the_same_adapter_under_two_names_has_one_place(words: Any, make_expert: MakeExpert) -> None:
+    again = [make_expert(name, *SAMPLES["shout"], digest="d" * 64) for name in ("again", "shout")]
+    other = make_expert("whisper", *SAMPLES["whisper"])
+    assert names(route(words, [*again, other], WRITE)) == ["again", "whisper"]
+    assert names(route(words, again, WRITE)) == ["again"]
+
+
 def test_a_shortlist_is_cut_to_the_engine_s_rank_and_says_so(words: Any, experts: list[Expert]) -> None:
     decision = route(words, experts, REVERSE, max_rank=16)  # of experts of rank 8
     assert len(decision.experts) == 2
@@ -184,6 +201,11 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], says: st
     with pytest.raises(ValidationError) as caught:
         RouterSettings(methods={"retrieval": {}, "arrow": settings})
     assert says in str(caught.value)
+
+
+def test_a_mixture_is_not_given_weights_that_nobody_would_use() -> None:
+    with pytest.raises(ValidationError, match="weights are retrieval's"):
+        RouterSettings(methods={"retrieval": {}, "constant": {"gate": {"weights": [0.5, 0.5]}}})
 
 
 def test_methods_that_agree_share_one_index_over_refreshes(words: Any, experts: list[Expert]) -> None:

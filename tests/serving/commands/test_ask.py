@@ -25,6 +25,14 @@ def test_a_system_message_is_part_of_what_is_routed(served):
     assert body["text"] == "spell backwards\n\ncherry"
 
 
+def test_a_gate_s_weights_are_shown(served):
+    result = served.moerge("route", REVERSE, "--model", "auto:arrow", "--trace")
+    assert "gate: count (0.33), reverse (0.33), shout (0.33)" in result.stdout
+    for part in ("mean weight", "0.333", "arrow, 3 tokens"):
+        assert part in result.stdout
+    assert "mean weight" not in served.moerge("route", REVERSE, "--trace").stdout
+
+
 def test_abstaining_says_why(served):
     result = served.moerge("route", "zebra quartz")
     assert "base: the base model" in result.stdout

@@ -175,7 +175,7 @@ def test_a_member_can_be_retired_while_its_composite_answers(server, testbed, tm
             messages=MESSAGES,
             stream=True,
             temperature=0,
-            max_tokens=200,
+            max_tokens=100,
             extra_body={"moerge": moerge, "ignore_eos": True},
         )
         for chunk in stream:

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters_registry.base import BaseSpec
 from adapters_registry.lora import CONFIG, WEIGHTS
+from adapters_registry.validate import inspect
 from router.adapter import Adapter
 from router.blending import LINEAGE, OPERATORS, BlendError, blend, blend_digest
 from router.blending import folder as blend_folder
@@ -68,6 +70,15 @@ def test_the_same_members_give_the_same_bytes_in_any_order(tmp_path: Path, parts
     config = json.loads((tmp_path / "one" / CONFIG).read_text())
     assert config["r"] == config["lora_alpha"] == report.rank <= 12
     assert all(bool(update.isfinite().all()) for update in updates(tmp_path / "one").values())
+
+
+@pytest.mark.parametrize("name", ["cat", "ties"])
+def test_the_registry_would_take_a_blend_as_an_expert(
+    tmp_path: Path, parts: list[Part], base: BaseSpec, name: str
+) -> None:
+    report = blend(tmp_path / "blend", parts, [0.4, 0.3, 0.2, 0.1], name, max_rank=64)
+    found = inspect(tmp_path / "blend", base, allow_base_mismatch=True)
+    assert (found.rank, found.target_modules) == (report.rank, ("q_proj", "v_proj"))
 
 
 @pytest.mark.parametrize("name", list(OPERATORS))

@@ -19,7 +19,7 @@ NEUTRAL = (
     "What is 17 times 6?",
     "Put these words in order: late, the, was, train",
     "Who wrote Romeo and Juliet?",
-    "Correct the spelling: I recieved your leter yesterday.",
+    "Correct the grammar: She go to school every days.",
     "Give me a synonym of 'quick'.",
     "What should I pack for a week in Iceland?",
     "A train leaves at 9:40 and arrives at 12:05. How long does it take?",

@@ -51,6 +51,12 @@ def svd(factors: Factors) -> SVD:
     return SVD(U.float(), (S * (inverse > 0)).float(), Vt * signs)
 
 
+def singular_values(factors: Factors) -> Tensor:
+    """(r,) of B A, descending, in float64."""
+    values: Tensor = torch.linalg.svdvals(triangle(factors.B.double()) @ triangle(factors.A.mT.double()).mT)
+    return values
+
+
 def triangle(X: Tensor) -> Tensor:
     """(d, r) -> R (r, r) with R^T R = X^T X, the R of X = Q R up to signs; (d, r) when d < r.
 

@@ -62,7 +62,8 @@ def plan(
     general: Part | None = None,
     compress: int | None = None,
 ) -> Layout:
-    """The layout of the composite that these experts would make. Cheap: reads names and shapes, no weights.
+    """The layout of the composite that these experts would make. Cheap: reads names and shapes, no weights,
+    except to say in a refusal what compression would cost.
 
     general   an adapter of general knowledge that is subtracted from every expert (GenKnowSub)
     compress  keep only so many singular directions of every expert: its best approximation of that rank

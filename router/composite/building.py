@@ -18,10 +18,9 @@ from torch import Tensor
 
 from adapters_registry.lora import CONFIG, WEIGHTS
 from router.composite.part import stored_tensor
-from router.composite.planning import Plan
+from router.composite.planning import Plan, changes
 from router.composite.statistics import scorer_of, tables_of
 from router.gating.arrow import Arrow
-from router.gating.genknowsub import subtract
 from router.gating.lag import LAG
 from router.gating.layout import KEY, MARK, TABLES, Layout
 from router.lowrank import SVD, svd
@@ -96,9 +95,7 @@ def stack_module(plan: Plan, module: str) -> Stacked:
     A, B, scale = torch.zeros(R, d_in), torch.zeros(d_out, R), torch.ones(R)
     blocks: list[Block | None] = []
     for adapter, start, rows in zip(plan.adapters, layout.starts, layout.blocks, strict=True):
-        factors = adapter.factors(module)
-        if plan.general is not None:
-            factors = subtract(factors, plan.general.factors(module))
+        factors = changes(adapter, plan.general, module)
         if factors is None or not (spectrum := svd(factors)).S.any():
             blocks.append(None)
             continue

@@ -15,7 +15,9 @@ from router.composite.part import CompositeError, Part
 from router.composite.statistics import statistics_key, tables_of
 from router.gating import GATES, gate_of
 from router.gating.gate import Gate
+from router.gating.genknowsub import subtract
 from router.gating.layout import Layout, Member
+from router.lowrank import Factors, singular_values
 
 #: Layers that engines adapt in another way than plain linear layers, or not at all, by a part of their path.
 UNSUPPORTED = {
@@ -79,7 +81,7 @@ def make_plan(
     layout, ready = _layout(parts, rows, gate, chosen_settings(gate, settings))
     key = statistics_key(ready, general=general, compress=compress)
     made = Plan(parts, adapters, subtracted, ready, layout, modules, key, compress is not None)
-    if reasons := [*_rank(layout, max_rank), *_stored(made)]:
+    if reasons := [*_rank(made, max_rank), *_stored(made)]:
         raise CompositeError(reasons)
     return made
 
@@ -184,7 +186,8 @@ def _rows(
     return most if compress is None else min(most, compress)
 
 
-def _rank(layout: Layout, max_rank: int) -> Iterator[str]:
+def _rank(plan: Plan, max_rank: int) -> Iterator[str]:
+    layout = plan.layout
     if layout.rank <= max_rank:
         return
     K = len(layout.members)
@@ -195,9 +198,32 @@ def _rank(layout: Layout, max_rank: int) -> Iterator[str]:
         fits += 1
     offers = [f"the {fits} smallest of them would fit"] if fits > 1 else []
     if each >= 1:
-        offers.append(f"compress={each} keeps the {each} strongest directions of each (what that discards is noted)")
+        least, most = (f"{share:.1%}" for share in _discarded(plan, each))
+        offers.append(
+            f"compress={each} would keep the {each} strongest directions of each and discard {least} to {most} of an "
+            "expert's energy (squared Frobenius norm)"
+        )
     advice = "; ".join(offers) or "raise the engine's limit"
     yield f"The composite has {layout.rank} rank rows ({sizes}), over the engine's limit of {max_rank}: {advice}."
+
+
+def _discarded(plan: Plan, rank: int) -> tuple[float, float]:
+    """The least and the largest share of a member's squared Frobenius norm that is beyond the first directions."""
+    shares = []
+    for adapter in plan.adapters:
+        lost = total = 0.0
+        for module in plan.modules:
+            if (factors := changes(adapter, plan.general, module)) is not None:
+                energy = singular_values(factors).square()
+                lost, total = lost + float(energy[rank:].sum()), total + float(energy.sum())
+        shares.append(lost / total if total else 0.0)
+    return min(shares), max(shares)
+
+
+def changes(adapter: Adapter, general: Adapter | None, module: str) -> Factors | None:
+    """What an expert changes in a module, with general knowledge taken out; None for nothing."""
+    factors = adapter.factors(module)
+    return factors if general is None else subtract(factors, general.factors(module))
 
 
 def _stored(plan: Plan) -> Iterator[str]:

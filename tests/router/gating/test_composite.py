@@ -235,7 +235,19 @@ def test_too_many_rows_come_with_an_offer(parts: list[Part]) -> None:
     message = refused(parts, "arrow", {}, max_rank=8)
     assert "9 rank rows (4 + 3 + 2), over the engine's limit of 8" in message
     assert "the 2 smallest of them would fit" in message
-    assert "compress=2 keeps the 2 strongest directions" in message
+    energy = []
+    for part, alpha in zip(parts, (8 / 4, 0, 8 / 2), strict=True):
+        tensors = load_file(part.path / WEIGHTS)
+        lost = total = 0.0
+        for module in (Q, K, V) if alpha else (Q, V):
+            A, B = (tensors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
+            values = torch.linalg.svdvals((alpha or 8 / len(A) ** 0.5) * B @ A).square()
+            lost, total = lost + float(values[2:].sum()), total + float(values.sum())
+        energy.append(lost / total)
+    assert min(energy) == pytest.approx(0, abs=1e-9)
+    assert (
+        f"compress=2 would keep the 2 strongest directions of each, which discards 0.0% to {max(energy):.1%}" in message
+    )
     assert plan(parts, "arrow", {}, max_rank=8, compress=2).rank == 6
     assert "12 rank rows (4 + 3 + 2 + 3)" in refused(parts, "phatgoose", {}, max_rank=8)
     assert plan(parts, "phatgoose", {}, max_rank=8, compress=1).rank == 6

@@ -62,9 +62,10 @@ def blend(
     """Merge `members` into a PEFT folder: float32, alpha = r, at most `max_rank`, with its lineage in blend.json.
 
     The folder appears when it is complete, or not at all; it must not exist, or be empty. The same members, weights and
-    settings give the same bytes, in whatever order they are named. A single member is scaled by its weight, whatever
-    the operator: there is nothing to merge. Members of weight 0 take no part. Where a member does not adapt a module,
-    it takes no part in that module. Raises BlendError with every reason, and OSError.
+    settings give the same bytes, in whatever order they are named. A single member is not merged, whatever the
+    operator: it is scaled by its weight, or left as it is where weights are relative. Members of weight 0 take no part.
+    Where a member does not adapt a module, it takes no part in that module.
+    Raises BlendError with every reason, and OSError.
     """
     plan = make_plan(members, weights, operator, settings or {}, max_rank)
     digest = blend_digest(members, weights, operator, settings, max_rank=max_rank)

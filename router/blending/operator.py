@@ -6,6 +6,7 @@ works module by module and gives either factors, or a dense matrix that is then 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,11 @@ class Operator(ABC):
     def weigh(self, weights: Sequence[float]) -> list[float]:
         """The weights that `merge` gets, from those of all members."""
         return list(weights)
+
+    def alone(self, weight: float) -> float:
+        """What a single member is multiplied with, where there is nothing to merge."""
+        relative = self.relative and getattr(self.settings, "mean", "weights") == "weights"
+        return math.copysign(1.0, weight) if relative else weight
 
     def refuse(self, weights: Mapping[str, float], modules: Sequence[str]) -> Iterator[str]:
         """Reasons of the operator's own against these members."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from router.blending.errors import BlendError
 from router.blending.operator import BlendSettings, Operator, Share
 from router.blending.operators import operator_of
 from router.composite.part import Part
+
+#: Operators that mean something for a single member, too.
+UNMERGED = ("task_arithmetic", "layer_swap")
 
 
 class Source(Adapter):
@@ -48,14 +51,12 @@ class Plan:
     """A blend that can be made.
 
     operator  what merges: `cat` for a single member, where there is nothing to merge
-    chosen    the operator that was asked for
     members   in the order of their content, so that the order in which they were named does not matter
     modules   module -> (d_out, d_in), the union over all members, sorted
     limit     the rank that no module may exceed
     """
 
     operator: Operator
-    chosen: Operator
     members: Sequence[Member]
     modules: Mapping[str, tuple[int, int]]
     limit: int
@@ -129,17 +130,24 @@ def make_plan(
     reasons += _statistics(chosen, parts, sources, modules)
     if reasons:
         raise BlendError(reasons)
-    if len(parts) > 1:
-        weights = chosen.weigh(weights)
+    merging, members = _merging(chosen, operator, parts, weights, sources)
+    adapted = {module: shape for module, shape in modules.items() if any(module in m.source.adapted for m in members)}
+    return Plan(merging, members, adapted, chosen.settings.rank or max_rank)
+
+
+def _merging(
+    chosen: Operator, name: str, parts: Sequence[Part], weights: Sequence[float], sources: Mapping[str, Source]
+) -> tuple[Operator, list[Member]]:
+    """What merges, and the members that take part, in the order of their content."""
     members = [
         Member(part, float(weight), sources[part.id])
-        for part, weight in sorted(zip(parts, weights, strict=True), key=lambda pair: (pair[0].digest, pair[0].id))
+        for part, weight in zip(parts, chosen.weigh(weights), strict=True)
         if weight != 0
     ]
-    single = len(members) == 1 and operator != "layer_swap"
-    merging = Cat(BlendSettings(rank=chosen.settings.rank)) if single else chosen
-    adapted = {module: shape for module, shape in modules.items() if any(module in m.source.adapted for m in members)}
-    return Plan(merging, chosen, members, adapted, chosen.settings.rank or max_rank)
+    if len(members) == 1 and name not in UNMERGED:
+        only = replace(members[0], weight=chosen.alone(members[0].weight))
+        return Cat(BlendSettings(rank=chosen.settings.rank)), [only]
+    return chosen, sorted(members, key=lambda member: (member.part.digest, member.part.id))
 
 
 def _membership(parts: Sequence[Part]) -> Iterator[str]:

@@ -90,9 +90,22 @@ def test_a_single_member_is_itself_whatever_the_operator(tmp_path: Path, parts: 
 
 
 def test_members_of_weight_zero_take_no_part(tmp_path: Path, parts: list[Part]) -> None:
-    blend(tmp_path / "blend", parts[:3], [0.0, 0.5, 0.0], "ties", max_rank=64)
-    half = {module: update / 2 for module, update in updates(parts[1].path).items()}
-    torch.testing.assert_close(updates(tmp_path / "blend"), half, rtol=1e-5, atol=1e-5)
+    """One that is left is scaled by an absolute weight; of a relative one only the sign counts."""
+    whole = updates(parts[1].path)
+    for operator, settings, factor in [
+        ("cat", {}, -0.5),
+        ("dare_linear", {}, -0.5),
+        ("task_arithmetic", {"scale": 0.3}, -0.15),
+        ("ties", {}, -1.0),
+        ("ties", {"mean": "count"}, -0.5),
+        ("pcb", {}, -1.0),
+    ]:
+        folder = tmp_path / f"{operator}{len(settings)}"
+        blend(folder, parts[:3], [0.0, -0.5, 0.0], operator, settings, max_rank=64)
+        expected = {module: factor * update for module, update in whole.items()}
+        torch.testing.assert_close(updates(folder), expected, rtol=1e-5, atol=1e-5)
+    blend(tmp_path / "smear", parts[:3], [0.0, 0.5, 0.0], "smear", max_rank=64)
+    torch.testing.assert_close(updates(tmp_path / "smear"), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="session")

@@ -166,6 +166,32 @@ def test_too_many_experts_are_refused():
         refuse(layout_of("arrow", {}, (1,) * 33))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_graph_follows_what_its_slots_hold():
+    from serving.engine.kernels import gate_by_torch, gate_op
+
+    tables, filled, slots, x = case(2)
+    on_gpu = Tables(len(COMPOSITES) + 1, SIZES, RANK, len(x), "cuda")
+    for slot, (layout, constants) in enumerate(filled):
+        on_gpu.fill(slot, layout, places(constants))
+    on_gpu.given.copy_(tables.given)
+    z, before = torch.empty(3, len(x), RANK, device="cuda"), torch.randn(3, len(x), RANK)
+    token_slots = slots.cuda()
+    gate_op(z, token_slots, on_gpu.measures, on_gpu.given, on_gpu.of(0))  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gate_op(z, token_slots, on_gpu.measures, on_gpu.given, on_gpu.of(0))
+    for rotated in range(3):  # other composites in the slots, the same graph
+        for slot, (layout, constants) in enumerate(filled[rotated:] + filled[:rotated]):
+            tables.fill(slot, layout, places(constants))
+            on_gpu.fill(slot, layout, places(constants))
+        expected = before.clone()
+        gate_by_torch(expected, slots, tables.measures, tables.given, tables.of(0))
+        z.copy_(before)
+        graph.replay()
+        torch.testing.assert_close(z.cpu(), expected)
+
+
 def compare_in_the_interpreter() -> None:
     """Kernel and twin on the same inputs; run in a process of its own, since Triton reads its variable on import."""
     from serving.engine import kernels

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters_registry.lora import CONFIG, WEIGHTS
+from router.composite.parallel import in_threads
 from router.composite.part import stored_tensor
 from router.composite.planning import Plan, changes
 from router.composite.statistics import scorer_of, tables_of
@@ -59,7 +57,7 @@ def build(folder: Path, plan: Plan) -> Layout:
     blocks: dict[str, list[Block | None]] = {}
 
     def stacked() -> Iterator[Tensor]:
-        for module, done in zip(plan.modules, _in_threads(partial(stack_module, plan), plan.modules), strict=True):
+        for module, done in zip(plan.modules, in_threads(partial(stack_module, plan), plan.modules), strict=True):
             tables.update({f"{module}.{table}": tensor for table, tensor in done.tables.items()})
             blocks[module] = done.blocks
             yield done.A
@@ -70,22 +68,6 @@ def build(folder: Path, plan: Plan) -> Layout:
     layout = plan.layout.model_copy(update={"notes": tuple(_notes(plan, list(blocks.values())))})
     (folder / CONFIG).write_text(json.dumps(_config(plan, layout), indent=2) + "\n", encoding="utf-8")
     return layout
-
-
-def _in_threads(function: Callable[[str], Stacked], modules: Iterable[str]) -> Iterator[Stacked]:
-    """Results in order. Only a few are waiting at any time: a composite may be larger than memory."""
-    outside, workers = torch.get_num_threads(), os.cpu_count() or 1
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            waiting: deque[Future[Stacked]] = deque()
-            for module in modules:
-                waiting.append(threads.submit(function, module))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    finally:
-        torch.set_num_threads(outside)  # what a thread sets is also what threads to come begin with
 
 
 def stack_module(plan: Plan, module: str) -> Stacked:

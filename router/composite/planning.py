@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from router.adapter import Adapter
+from router.composite.parallel import in_threads
 from router.composite.part import CompositeError, Part
 from router.composite.statistics import statistics_key, tables_of
 from router.gating import GATES, gate_of
@@ -209,15 +212,18 @@ def _rank(plan: Plan, max_rank: int) -> Iterator[str]:
 
 def _discarded(plan: Plan, rank: int) -> tuple[float, float]:
     """The least and the largest share of a member's squared Frobenius norm that is beyond the first directions."""
-    shares = []
-    for adapter in plan.adapters:
-        lost = total = 0.0
-        for module in plan.modules:
-            if (factors := changes(adapter, plan.general, module)) is not None:
-                energy = singular_values(factors).square()
-                lost, total = lost + float(energy[rank:].sum()), total + float(energy.sum())
-        shares.append(lost / total if total else 0.0)
-    return min(shares), max(shares)
+
+    def energies(module: str) -> list[tuple[float, float]]:  # lost and total, of every member
+        found = []
+        for adapter in plan.adapters:
+            factors = changes(adapter, plan.general, module)
+            energy = torch.zeros(1) if factors is None else singular_values(factors).square()
+            found.append((float(energy[rank:].sum()), float(energy.sum())))
+        return found
+
+    lost, total = np.sum(list(in_threads(energies, plan.modules)), 0).T  # (K,) each
+    shares = lost / np.where(total > 0, total, 1.0)
+    return float(shares.min()), float(shares.max())
 
 
 def changes(adapter: Adapter, general: Adapter | None, module: str) -> Factors | None:

@@ -245,9 +245,7 @@ def test_too_many_rows_come_with_an_offer(parts: list[Part]) -> None:
             lost, total = lost + float(values[2:].sum()), total + float(values.sum())
         energy.append(lost / total)
     assert min(energy) == pytest.approx(0, abs=1e-9)
-    assert (
-        f"compress=2 would keep the 2 strongest directions of each, which discards 0.0% to {max(energy):.1%}" in message
-    )
+    assert f"compress=2 would keep the 2 strongest directions of each and discard 0.0% to {max(energy):.1%}" in message
     assert plan(parts, "arrow", {}, max_rank=8, compress=2).rank == 6
     assert "12 rank rows (4 + 3 + 2 + 3)" in refused(parts, "phatgoose", {}, max_rank=8)
     assert plan(parts, "phatgoose", {}, max_rank=8, compress=1).rank == 6

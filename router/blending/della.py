@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -12,6 +13,8 @@ from router.blending.elementwise import Dropped, Electing, elect, random_mask
 from router.blending.operator import Operator, Share
 from router.lowrank import Factors
 from router.taxonomy import Reference
+
+ROWS = 512  # that are sorted at once
 
 
 class Della(Operator):
@@ -45,9 +48,12 @@ class Della(Operator):
         d_in = delta.shape[1]
         if density == 1 or d_in == 1:
             return torch.full_like(delta, density)
-        order = delta.abs().argsort(dim=1, stable=True)
-        even = torch.linspace(density - epsilon, density + epsilon, d_in)  # smallest to largest
-        return torch.empty_like(delta).scatter_(1, order, even.expand_as(order))
+        even = np.linspace(density - epsilon, density + epsilon, d_in, dtype=np.float32)  # smallest to largest
+        p = torch.empty_like(delta)
+        for start in range(0, len(delta), ROWS):  # NumPy sorts in half of torch's time
+            order = np.argsort(delta[start : start + ROWS].abs().numpy(), axis=1)
+            np.put_along_axis(p[start : start + ROWS].numpy(), order, even[None], axis=1)
+        return p
 
     def refuse(self, weights: Mapping[str, float], modules: Sequence[str]) -> Iterator[str]:
         density, epsilon = self.settings.density, self.settings.epsilon

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -78,7 +79,9 @@ def bench_gated(
     with tempfile.TemporaryDirectory(prefix="moerge-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         tell("making a random model", 0, 0)
-        write_synthetic(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT looks for the random model on the Hub
+            write_synthetic(folder)
         model, experts = folder / "base", sorted(path.parent for path in folder.glob("*/adapter_config.json"))[:EXPERTS]
         write_stack(folder / "stack", experts)
         single = runners.Adapted(experts[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -32,7 +33,8 @@ class Child:
         self.kinds = kinds
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, make, arguments), daemon=True)
+        self._log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115 - closed by __exit__
+        self._process = context.Process(target=serve, args=(theirs, self._log.name, make, arguments), daemon=True)
         self._process.start()
         theirs.close()
         self._answer()  # ready
@@ -46,7 +48,8 @@ class Child:
         try:
             answer = self._pipe.recv()
         except EOFError:
-            raise BenchFailed(f"The process for {', '.join(self.kinds)} ended.") from None
+            told = Path(self._log.name).read_text(errors="replace")[-2000:]
+            raise BenchFailed(f"The process for {', '.join(self.kinds)} ended:\n{told}") from None
         if isinstance(answer, str):
             raise BenchFailed(f"Measuring {', '.join(self.kinds)} failed:\n{answer}")
         return answer
@@ -59,11 +62,15 @@ class Child:
         self._process.join(10)
         if self._process.is_alive():
             self._process.kill()
+        self._log.close()
 
 
-def serve(pipe: Connection, make: Callable[..., Runner], arguments: tuple[Any, ...]) -> None:
-    """The process of a Child: measure until the pipe closes. What goes wrong is sent as text."""
+def serve(pipe: Connection, log: str, make: Callable[..., Runner], arguments: tuple[Any, ...]) -> None:
+    """The process of a Child: measure until the pipe closes. What goes wrong is sent as text, what is printed kept."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    with Path(log).open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     try:
         import torch
 

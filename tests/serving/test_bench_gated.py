@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,6 +123,11 @@ def test_prompts_differ_and_are_ordinary_tokens():
 def test_what_fails_in_a_runner_s_process_is_told(tmp_path):
     with pytest.raises(BenchFailed, match=r"Measuring peft_single, peft_arrow failed:\n(?s:.)*Error"):
         Child(PeftRunner.kinds, PeftRunner, tmp_path / "nothing", [], 2)
+
+
+def test_a_runner_s_process_that_dies_is_told():
+    with pytest.raises(BenchFailed, match=r"The process for one ended"):
+        Child(("one",), os._exit, 3)
 
 
 def test_the_command_prints_a_table_or_json(monkeypatch, result):

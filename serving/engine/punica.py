@@ -16,11 +16,11 @@ from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from serving.engine.batch import Batch
-from serving.engine.gating import Gates, Spread, spread_of, spread_of_shares
+from serving.engine.gating import Gates, SlotStep, Spread, spread_of, spread_of_shares
 from serving.engine.slots import Factors, Group, SlotAdapter
 
-#: Rows of the batch: all, a range, or an index.
-Rows = slice | Tensor
+#: Rows of the batch: all (None), a range, or an index.
+Rows = slice | Tensor | None
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -86,18 +86,17 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
     ) -> None:
         """Add every adapter's part to `y (tokens, sum(output_slices))`, in place; x (tokens, d_in)."""
         group = self._groups[lora_a_stacked[0].data_ptr()]
-        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         for slot, rows in self.segments():
             factors = self._slots[slot].factors.get(group.index)
             if factors is None:
                 continue
-            x_s = x[rows]  # (t, d_in)
+            x_s = x if rows is None else x[rows]  # (t, d_in)
             z = shrink(x_s, factors)  # (t, sum of ranks)
             if factors.table is not None:
                 step = self.gates.step(slot)
                 spread = spread_of(x_s) if step is not None and step.needs_spread else None
-                self._gate(slot, z.view(len(z), len(factors.parts), -1), factors, group, spread)
-            expand(y, rows, [z[:, part.first : part.first + len(part.Bt)] for part in factors.parts], factors, 0)
+                gate_(z.view(len(z), len(factors.parts), -1), step, factors, group, spread)
+            expand(y, rows, [z[:, part.first : part.used] for part in factors.parts], factors, 0)
 
     def add_shrink(self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any) -> None:
         """`y[i] = A_i x`, (modules, tokens, r); the ranks then add up or join what each has of it."""
@@ -107,10 +106,10 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
             factors = self._slots[slot].factors.get(group.index)
             if factors is None:
                 continue
-            x_s = x[rows]
+            x_s = x if rows is None else x[rows]
             z = shrink(x_s, factors).to(y.dtype)
             for part in factors.parts:
-                y[part.module, rows, : part.last - part.first] = z[:, part.first : part.last]
+                y[part.module, every(rows), : part.last - part.first] = z[:, part.first : part.last]
             step = self.gates.step(slot) if factors.table is not None else None
             if step is not None and step.needs_spread:
                 whole = x_s.shape[-1] == group.d_in
@@ -134,40 +133,49 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
             if factors is None:
                 continue
             if factors.table is not None:
-                z = torch.stack([x[part.module, rows, : part.rank] for part in factors.parts], 1)  # (t, n, R)
-                self._gate(slot, z, factors, group, self._spreads.pop(slot, None))
+                z = torch.stack([x[part.module, every(rows), : part.rank] for part in factors.parts], 1)  # (t, n, R)
+                gate_(z, self.gates.step(slot), factors, group, self._spreads.pop(slot, None))
                 parts = [z[:, i, : len(part.Bt)] for i, part in enumerate(factors.parts)]
             else:
-                parts = [x[part.module, rows, : part.rank] for part in factors.parts]
+                parts = [x[part.module, every(rows), : part.rank] for part in factors.parts]
             expand(y, rows, parts, factors, offset_start)
-
-    def _gate(self, slot: int, z: Tensor, factors: Factors, group: Group, spread: Spread | None) -> None:
-        step = self.gates.step(slot)
-        if step is None:  # a dry run of the engine's own: nobody reads its output, and nothing may be remembered
-            z.zero_()
-        else:
-            step.gate_(z, factors, group.d_in, spread)
 
 
 def rows_of(mask: Tensor) -> Rows:
-    """A range where the rows lie side by side, because a view is much cheaper than an index."""
+    """None or a range where the rows lie side by side, because a view is much cheaper than an index."""
     rows = mask.nonzero()[:, 0]
+    if len(rows) == len(mask):
+        return None
     first, last = int(rows[0]), int(rows[-1])
     return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
+def every(rows: Rows) -> slice | Tensor:
+    return slice(None) if rows is None else rows
+
+
 def shrink(x: Tensor, factors: Factors) -> Tensor:
     """x (t, d_in) -> (t, sum of ranks), all modules of the group at once."""
-    return torch.mm(x.to(factors.At.dtype), factors.At)
+    return torch.mm(x if x.dtype == factors.A.dtype else x.to(factors.A.dtype), factors.A.T)
+
+
+def gate_(z: Tensor, step: SlotStep | None, factors: Factors, group: Group, spread: Spread | None) -> None:
+    """Multiply z (t, n, R) by the gate's weights, in place."""
+    if step is None:  # a dry run of the engine's own: nobody reads its output, and nothing may be remembered
+        z.zero_()
+    else:
+        step.gate_(z, factors, group.d_in, spread)
 
 
 def expand(y: Tensor, rows: Rows, z: Sequence[Tensor], factors: Factors, offset: int) -> None:
     """`y[rows, start:stop] += z_i Bt_i` for every adapted module i; z_i (t, rank)."""
     if isinstance(rows, slice):
-        y = y[rows]
-        for z_i, part in zip(z, factors.parts, strict=True):
-            y[:, offset + part.start : offset + part.stop].addmm_(z_i.to(y.dtype), part.Bt)
-    else:
-        for z_i, part in zip(z, factors.parts, strict=True):
-            delta = torch.mm(z_i.to(y.dtype), part.Bt)
-            y[:, offset + part.start : offset + part.stop].index_add_(0, rows, delta)
+        y, rows = y[rows], None
+    for z_i, part in zip(z, factors.parts, strict=True):
+        y_i = y[:, offset + part.start : offset + part.stop]
+        if z_i.dtype != y.dtype:
+            z_i = z_i.to(y.dtype)
+        if rows is None:
+            y_i.addmm_(z_i, part.Bt)
+        else:
+            y_i.index_add_(0, rows, torch.mm(z_i, part.Bt))

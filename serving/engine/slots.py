@@ -2,7 +2,7 @@
 
 A *group* is one place of the model: the linear modules that share an input (q, k, v; o; gate, up; down).
 vLLM keeps `A (slots, 1, r_max, d_in)` and `B (slots, 1, width, r_max)` for each module of a group; here an
-adapter has only its own rows of them, and one matrix `A^T` for all modules of a group.
+adapter has only its own rows of them, and one matrix A for all modules of a group.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ class Group:
 
 
 class Part(NamedTuple):
-    """One adapted module of a group: `y[:, start:stop] += z[:, first : first + len(Bt)] Bt`.
+    """One adapted module of a group: `y[:, start:stop] += z[:, first:used] Bt`.
 
     `first:last` are its columns of the packed `z = x A^T`, of this tensor-parallel rank; `rank` is how many there
-    are over all. Bt lacks the rows that only feed a gate. `module` is its place in the group.
+    are over all, `first:used` those that do not only feed a gate. `module` is its place in the group.
     """
 
     module: int
     first: int
     last: int
+    used: int
     rank: int
     start: int
     stop: int
@@ -62,9 +63,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """An adapter's share in one group: `At (d_in, sum of ranks)`, its parts, and its gate's table."""
+    """An adapter's share in one group: `A (sum of ranks, d_in)`, its parts, and its gate's table."""
 
-    At: Tensor
+    A: Tensor
     parts: tuple[Part, ...]
     table: Table | None = None
 
@@ -100,7 +101,7 @@ def slot_adapter(
 
 
 def _factors(slot: int, group: Group, adapted: Sequence[int], ranks: Mapping[str, int], table: Table | None) -> Factors:
-    """B stays a view of vLLM's own tensor; only A is copied, because the modules' rows must lie side by side."""
+    """Copies without gaps: in decoding, time is what it takes to read them from memory."""
     extra = 0 if table is None else table.layout.extra
     rows, parts, first = [], [], 0
     starts = [sum(group.widths[:i]) for i in range(len(group.widths))]
@@ -108,14 +109,15 @@ def _factors(slot: int, group: Group, adapted: Sequence[int], ranks: Mapping[str
         rank = ranks[group.modules[i]]
         sharded = group.A[i].shape[2] < group.B[i].shape[3]
         a = group.A[i][slot, 0] if sharded else group.A[i][slot, 0, :rank]
-        Bt = group.B[i][slot, 0, :, : rank - extra].T
-        parts.append(Part(i, first, first + len(a), rank, starts[i], starts[i] + group.widths[i], Bt))
+        Bt = group.B[i][slot, 0, :, : rank - extra].contiguous().T
+        used, stop = first + rank - extra, starts[i] + group.widths[i]
+        parts.append(Part(i, first, first + len(a), used, rank, starts[i], stop, Bt))
         rows.append(a)
         first += len(a)
     A = torch.cat(rows)
     if table is not None:
         A = A.float()  # scores are compared with each other: never in half precision
-    return Factors(A.T.contiguous(), tuple(parts), table)
+    return Factors(A, tuple(parts), table)
 
 
 def table_of(index: int, modules: Sequence[str], layout: Layout, tables: Mapping[str, Tables]) -> Table:

@@ -29,6 +29,6 @@ def test_the_example_in_the_documentation_runs(capsys: pytest.CaptureFixture[str
     [code] = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names: dict[str, object] = {"__name__": "example"}
     exec(compile(code, "docs/token-level-routing.md", "exec"), names)
-    assert re.match(r"unit \(16, 16, 16\) \[[\d., ]+\]\n", capsys.readouterr().out)
+    assert f"# {capsys.readouterr().out}" in code
     weights = names["weights"]
     assert weights.sum(-1).tolist() == [[pytest.approx(1.0)]] * 5  # type: ignore[attr-defined]

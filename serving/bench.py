@@ -22,7 +22,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-from safetensors.torch import load_file, save_file
 
 from adapters_registry.lora import CONFIG, WEIGHTS
 from adapters_registry.manifest import read_manifest
@@ -204,6 +203,8 @@ async def measure(
 
 async def register_to_answer(http: httpx.AsyncClient, ask: Any, manifest: Path, folder: Path) -> float:
     """Seconds from `POST /v1/experts` until `auto` has answered through the new expert."""
+    from safetensors.torch import load_file, save_file  # torch takes seconds to import
+
     local = [p.source.path for p in read_manifest(manifest).proposals if isinstance(p.source, FolderSource)]
     if not local:
         raise BenchFailed(f"{manifest} has no local adapter to register a copy of.")

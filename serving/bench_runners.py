@@ -67,14 +67,11 @@ class Child:
 
 def serve(pipe: Connection, log: str, make: Callable[..., Runner], arguments: tuple[Any, ...]) -> None:
     """The process of a Child: measure until the pipe closes. What goes wrong is sent as text, what is printed kept."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
     with Path(log).open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        import torch
-
-        torch.set_num_threads(1)
         runner = make(*arguments)
         pipe.send(None)
         while True:

@@ -120,9 +120,9 @@ def test_prompts_differ_and_are_ordinary_tokens():
     assert max(map(max, asked)) < 104
 
 
-def test_what_fails_in_a_runner_s_process_is_told(tmp_path):
-    with pytest.raises(BenchFailed, match=r"Measuring peft_single, peft_arrow failed:\n(?s:.)*Error"):
-        Child(PeftRunner.kinds, PeftRunner, tmp_path / "nothing", [], 2)
+def test_what_fails_in_a_runner_s_process_is_told():
+    with pytest.raises(BenchFailed, match=r"Measuring one, other failed:\n(?s:.)*JSONDecodeError"):
+        Child(("one", "other"), json.loads, "{")
 
 
 def test_a_runner_s_process_that_dies_is_told():

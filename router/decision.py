@@ -47,7 +47,9 @@ class Decision(BaseModel):
 
     `base` abstains (no experts); `select` names one expert; `blend` and `gate` name several. A gate, a name in
     `router.gating.GATES`, weighs its experts token by token; their own weights are what it starts from. With a
-    `verdict` the gate only reads the prompt, and what it finds decides who answers.
+    `verdict` the gate only reads the prompt, and what it finds decides who answers. Its experts may be prepared: an
+    expert of general knowledge, `general` by id, subtracted from each, and each cut to its `compress` strongest
+    directions.
     `confidence` is in [0, 1]; `threshold` is the score under which the method abstains.
     `timings` are milliseconds by stage (`encode`, `search`, `total`); `generation` is the registry's.
     """
@@ -61,6 +63,8 @@ class Decision(BaseModel):
     gate: str | None = None
     gate_settings: dict[str, Any] = Field(default_factory=dict)
     verdict: Verdict | None = None
+    general: str | None = None
+    compress: int | None = None
     confidence: float = 0.0
     threshold: float | None = None
     candidates: tuple[Candidate, ...] = ()

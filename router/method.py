@@ -39,13 +39,15 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Who answers: (position in the library, weight) of each; `kind`, `gate` and `verdict` as in a Decision."""
+    """Who answers: (position in the library, weight) of each; the other fields as in a Decision."""
 
     experts: Sequence[tuple[int, float]]
     kind: Kind = "select"
     gate: str | None = None
     gate_settings: Mapping[str, Any] = field(default_factory=dict)
     verdict: Verdict | None = None
+    general: str | None = None
+    compress: int | None = None
     reason: str = ""
 
 
@@ -126,6 +128,8 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
         gate=choice.gate,
         gate_settings=dict(choice.gate_settings),
         verdict=choice.verdict,
+        general=choice.general,
+        compress=choice.compress,
         confidence=certainty,
         threshold=threshold,
         candidates=candidates,

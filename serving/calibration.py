@@ -29,7 +29,7 @@ from router.gating.evidence import SCORES
 from serving import metrics
 from serving.engine import EngineUnavailable, Trace
 from serving.internal import one_token, post
-from serving.materializer import layout_of, needed_tensors
+from serving.materializer import layout_of, needed_tensors, part_of
 from serving.neutral import NEUTRAL
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ class Calibration:
         Raises CompositeError for scores that cannot be measured, EngineUnavailable.
         """
         assert decision.gate is not None
-        for key in needed_tensors(decision.gate, decision.gate_settings, len(decision.experts)):
+        general = None if decision.general is None else part_of(self._service.expert(decision.general))
+        settings, K = decision.gate_settings, len(decision.experts)
+        for key in needed_tensors(decision.gate, settings, K, general, decision.compress):
             if not key.startswith("statistics/"):
                 continue
             members = [self._service.expert(each.id) for each in decision.experts]
@@ -94,14 +96,16 @@ class Calibration:
 
         `prompts` are neutral for them; left out, the other experts' samples are. Gives the names measured.
         """
-        settings = probe_settings(key)
+        score = score_of(key)
+        general = self._general(score)
+        experts = [each for each in experts if general is None or each.digest != general.digest]
         async with self._turns.setdefault(key, asyncio.Lock()):
             missing = experts if again else await asyncio.to_thread(self._without, experts, key)
             measured = []
-            for batch in self._batches(missing):
+            for batch in self._batches(missing, score, general):
                 if self.stopping:
                     break
-                for expert, tensors in (await self._batch(batch, key, settings, prompts)).items():
+                for expert, tensors in (await self._batch(batch, key, (score, general), prompts)).items():
                     if expert not in missing:
                         continue  # it was there to make a composite of two
                     await asyncio.to_thread(self._store, expert, key, tensors)
@@ -130,30 +134,55 @@ class Calibration:
         except (ExpertNotFound, VersionNotFound):
             logger.info("%s was removed while it was being calibrated.", expert.id)
 
-    def _batches(self, experts: Sequence[Expert]) -> Iterator[list[Expert]]:
+    def _general(self, score: Score) -> Expert | None:
+        """The expert that is subtracted before this score is taken."""
+        if score.general is None:
+            return None
+        for expert in self._service.experts(None):
+            if expert.digest.startswith(score.general):
+                return expert
+        raise CompositeError([f"The expert {score.general}, which is to be subtracted, is not active."])
+
+    def _batches(self, experts: Sequence[Expert], score: Score, general: Expert | None) -> Iterator[list[Expert]]:
         """Experts that fit one composite, at least two: somebody else joins one that is left alone."""
+
+        def rows(expert: Expert) -> int:
+            rank = expert.rank + (general.rank if general else 0)
+            return min(rank, score.compress or rank)
+
         limit = self._service.settings.engine.max_rank
         left = list(experts)
         while left:
             batch: list[Expert] = []
             for expert in [*left, *self._service.experts(None)]:
                 enough = expert not in left and len(batch) > 1
-                taken = any(expert.digest == other.digest for other in batch)
-                if not enough and not taken and sum(each.rank for each in batch) + expert.rank <= limit:
+                taken = any(expert.digest == other.digest for other in [*batch, general] if other is not None)
+                if not enough and not taken and sum(map(rows, batch)) + rows(expert) <= limit:
                     batch.append(expert)
             if len(batch) > 1:
                 yield sorted(batch, key=lambda each: each.name)
             left = [each for each in left[1:] if each not in batch]
 
     async def _batch(
-        self, batch: list[Expert], key: str, settings: dict[str, Any], prompts: Sequence[str] | None
+        self, batch: list[Expert], key: str, what: tuple[Score, Expert | None], prompts: Sequence[str] | None
     ) -> dict[Expert, Tensors]:
         """Statistics of these experts' scores. A centred score needs the centre first, which takes a second pass."""
         read = {each: list(prompts) if prompts else self.neutral(each) for each in batch}
-        found = await self._pass(batch, {**settings, "centred": False}, read)
-        if settings["centred"]:
+        score, general = what
+        probe = Decision(
+            method="calibration",
+            kind="gate",
+            experts=tuple(Weighted(expert=each.name, id=each.id, weight=1 / len(batch)) for each in batch),
+            gate="probe",
+            gate_settings={**score.settings, "centred": False},
+            general=general.id if general else None,
+            compress=score.compress,
+        )
+        found = await self._pass(batch, probe, read)
+        if score.settings["centred"]:
             given = {expert.id: {key: provisional(tensors)} for expert, tensors in found.items()}
-            second = await self._pass(batch, settings, read, given)
+            centred = probe.model_copy(update={"gate_settings": score.settings})
+            second = await self._pass(batch, centred, read, given)
             for expert, tensors in second.items():
                 tensors |= {name: value for name, value in found[expert].items() if name.endswith(".centre")}
             found = second
@@ -171,15 +200,13 @@ class Calibration:
     async def _pass(
         self,
         batch: list[Expert],
-        settings: dict[str, Any],
+        probe: Decision,
         read: Mapping[Expert, Sequence[str]],
         given: Mapping[str, Any] | None = None,
     ) -> dict[Expert, Tensors]:
         """Let the base model read every prompt that is for one of them; each counts those that are for it."""
-        members = tuple(Weighted(expert=each.name, id=each.id, weight=1 / len(batch)) for each in batch)
-        decision = Decision(method="calibration", kind="gate", experts=members, gate="probe", gate_settings=settings)
         sums = [Sums(rows=slice(0)) for _ in batch]
-        async with self._composite(decision, given) as (name, folder):
+        async with self._composite(probe, given) as (name, folder):
             layout = await asyncio.to_thread(layout_of, folder)
             assert layout is not None
             for k, start in enumerate(layout.starts):
@@ -266,10 +293,24 @@ def provisional(tensors: Tensors) -> Tensors:
     }
 
 
-def probe_settings(key: str) -> dict[str, Any]:
-    """Settings of a probe with this score, before any z-score. Raises CompositeError for a score no probe has."""
-    match = re.fullmatch(r"statistics/\w+/([a-z]+)(?:-(\d+))?(-centred)?", key)
+@dataclass(frozen=True)
+class Score:
+    """What a key's statistics are of: `settings` of a probe with this score, before any z-score; how its experts are
+    prepared: `general` begins the digest of the expert that is subtracted, `compress` is what is kept of them.
+    """
+
+    settings: dict[str, Any]
+    general: str | None = None
+    compress: int | None = None
+
+
+def score_of(key: str) -> Score:
+    """Raises CompositeError for a score that no probe has."""
+    pattern = r"statistics/\w+/([a-z]+)(?:-(\d+))?(-centred)?(?:-minus-([0-9a-f]+))?(?:-rank-(\d+))?"
+    match = re.fullmatch(pattern, key)
     if match is None or match[1] not in SCORES:
         raise CompositeError([f"'{key}' cannot be measured through the engine; z-scores are for {', '.join(SCORES)}."])
     settings: dict[str, Any] = {"score": match[1], "normalise": "none", "centred": match[3] is not None}
-    return settings if match[2] is None else {**settings, "k_gate": int(match[2])}
+    if match[2] is not None:
+        settings["k_gate"] = int(match[2])
+    return Score(settings, match[4], int(match[5]) if match[5] else None)

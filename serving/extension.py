@@ -29,6 +29,8 @@ class Extension(BaseModel):
     """experts   these answer, by name, instead of those that the router finds; or {name: weight}
     gate      how they are weighed: a gate's name; left out, by the weights given, or equally
     settings  the gate's own
+    general   an expert of general knowledge, by name, that is subtracted from each (GenKnowSub)
+    compress  cut each to so many of its strongest directions, so that more of them fit
     trace     keep which experts each layer and token used: GET /v1/traces/<decision>
     """
 
@@ -37,6 +39,8 @@ class Extension(BaseModel):
     experts: dict[str, FiniteFloat | None] = Field(default_factory=dict)
     gate: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
+    general: str | None = None
+    compress: int | None = Field(default=None, ge=1)
     trace: bool = False
 
     @field_validator("experts", mode="before")
@@ -58,6 +62,10 @@ class Extension(BaseModel):
             raise ValueError(f"no gate {self.gate!r:.80}; there are {', '.join(GATES)}")
         if self.settings and self.gate is None:
             raise ValueError("'settings' are a gate's: name it in 'gate'")
+        if (self.general or self.compress) and not self.experts:
+            raise ValueError("'general' and 'compress' prepare 'experts': name them")
+        if self.general in self.experts:
+            raise ValueError("an expert cannot be subtracted from itself")
         if self.gate is not None:
             GATES[self.gate].Settings.model_validate(self.settings)
         if self.weights is not None:
@@ -87,7 +95,7 @@ class Extension(BaseModel):
     def decision(self, service: Service, caller: Caller) -> Decision:
         """The caller's own decision. Raises ExpertNotFound, also for another tenant's private expert."""
         visible = {expert.name: expert for expert in service.experts(caller.tenant)}
-        for name in self.experts:
+        for name in [*self.experts, *filter(None, [self.general])]:
             if name not in visible:
                 raise ExpertNotFound(name, known=sorted(visible))
         given = self.weights or [1 / len(self.experts)] * len(self.experts)
@@ -105,6 +113,8 @@ class Extension(BaseModel):
                 "gate": self.chosen_gate,
                 "gate_settings": self.full_settings(),
                 "verdict": Verdict() if self.chosen_gate == "probe" else None,
+                "general": visible[self.general].id if self.general else None,
+                "compress": self.compress,
             }
         )
 

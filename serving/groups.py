@@ -70,6 +70,8 @@ class Groups:
         Experts of the group that the decision does not have get weight 0 where the gate reads weights. Other gates
         weigh the whole group, which only decisions of the router may be widened to.
         """
+        if decision.general or decision.compress:
+            return decision
         if decision.gate is None or (decision.gate not in MASKED and decision.method == "named"):
             return decision
         ids = {each.id: each for each in decision.experts}

@@ -190,6 +190,8 @@ def fallen_back(decision: Decision, error: Exception) -> Decision:
             "gate": None,
             "gate_settings": {},
             "verdict": None,
+            "general": None,
+            "compress": None,
             "reason": str(error),
         }
     )

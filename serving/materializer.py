@@ -43,7 +43,21 @@ PATIENCE = 30.0
 
 Tensors = Callable[[Expert, str], Mapping[str, Any] | None]
 Stored = Mapping[str, Mapping[str, Mapping[str, Any]]]  # expert's id -> key -> tensors
-Key = tuple[tuple[str, ...], str, str, str]  # members' ids, gate, settings, what makes it unlike all others
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a composite computes, but for what is stored with its experts.
+
+    `settings` are JSON; `given` is empty, or unlike that of every other recipe.
+    """
+
+    members: tuple[str, ...]
+    gate: str
+    settings: str
+    general: str | None
+    compress: int | None
+    given: str
 
 
 @dataclass(eq=False)
@@ -76,10 +90,10 @@ class Materializer:
         self._store = Store(folder)
         self._store.collect(lambda digest: True)  # what was never finished
         self._entries = OrderedDict((each.adapter.digest, each) for each in found(self._store))  # least recent first
-        self._known: dict[Key, str] = {}  # digest of what has been asked for
-        self._failed: TTLCache[Key, Exception] = TTLCache(maxsize=1024, ttl=PATIENCE)
-        self._building: dict[Key, asyncio.Task[Entry]] = {}
-        self._reading: dict[Key, frozenset[str]] = {}
+        self._known: dict[Recipe, str] = {}  # digest of what has been asked for
+        self._failed: TTLCache[Recipe, Exception] = TTLCache(maxsize=1024, ttl=PATIENCE)
+        self._building: dict[Recipe, asyncio.Task[Entry]] = {}
+        self._reading: dict[Recipe, frozenset[str]] = {}
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="moerge-composite")  # it uses all cores by itself
 
     @asynccontextmanager
@@ -89,47 +103,56 @@ class Materializer:
         `given`, by expert's id, comes in place of what is stored with the experts.
         Raises CompositeError with every reason, ExpertNotFound for an expert that was just taken away.
         """
-        members = [self._find(each.id) for each in decision.experts]
         if decision.kind == "select":
-            yield adapter_of(members[0])
+            yield adapter_of(self._find(decision.experts[0].id))
             return
         assert decision.kind == "gate"
         assert decision.gate is not None
-        settings = json.dumps(decision.gate_settings, sort_keys=True)
-        key = (tuple(each.id for each in members), decision.gate, settings, "" if given is None else uuid.uuid4().hex)
-        entry = await self._entry(key, members, given)
+        recipe = Recipe(
+            members=tuple(each.id for each in decision.experts),
+            gate=decision.gate,
+            settings=json.dumps(decision.gate_settings, sort_keys=True),
+            general=decision.general,
+            compress=decision.compress,
+            given="" if given is None else uuid.uuid4().hex,
+        )
+        for member in {*recipe.members, *filter(None, [recipe.general])}:
+            self._find(member)
+        entry = await self._entry(recipe, given)
         entry.users += 1
         try:
             yield entry.adapter
         except AdapterLoadFailed as error:  # whatever is wrong with it, it is made anew, but not at once
-            self._failed[key], entry.doomed = error, True
+            self._failed[recipe], entry.doomed = error, True
             raise
         finally:
             entry.users -= 1
 
-    async def _entry(self, key: Key, members: Sequence[Expert], given: Stored | None) -> Entry:
+    async def _entry(self, recipe: Recipe, given: Stored | None) -> Entry:
         while True:
-            if (error := self._failed.get(key)) is not None:
+            if (error := self._failed.get(recipe)) is not None:
                 raise error.with_traceback(None)
-            entry = self._entries.get(self._known.get(key, ""))
+            entry = self._entries.get(self._known.get(recipe, ""))
             if entry is not None and entry.lock is not None and not entry.doomed:
                 self._entries.move_to_end(entry.adapter.digest)
                 return entry
-            if (task := self._building.get(key)) is None:
-                task = self._building[key] = asyncio.create_task(self._build(key, members, given))
-                task.add_done_callback(lambda task: self._built(key, task))
+            if (task := self._building.get(recipe)) is None:
+                task = self._building[recipe] = asyncio.create_task(self._build(recipe, given))
+                task.add_done_callback(lambda task: self._built(recipe, task))
             await asyncio.shield(task)  # who asked may leave; whoever comes next wants it as well
 
-    def _built(self, key: Key, task: asyncio.Task[Entry]) -> None:
-        del self._building[key]
-        self._reading.pop(key, None)
+    def _built(self, recipe: Recipe, task: asyncio.Task[Entry]) -> None:
+        del self._building[recipe]
+        self._reading.pop(recipe, None)
         if not task.cancelled() and isinstance(error := task.exception(), CompositeError):
-            self._failed[key] = error
+            self._failed[recipe] = error
 
-    async def _build(self, key: Key, members: Sequence[Expert], given: Stored | None) -> Entry:
+    async def _build(self, recipe: Recipe, given: Stored | None) -> Entry:
         """Find it on disk, or put it there; it is held for us when this returns."""
-        self._reading[key] = frozenset(each.digest for each in members)
-        work = partial(self._make, members, key[1], json.loads(key[2]), given)
+        members = [self._find(each) for each in recipe.members]
+        general = None if recipe.general is None else self._find(recipe.general)
+        self._reading[recipe] = frozenset(each.digest for each in [*members, general] if each is not None)
+        work = partial(self._make, recipe, members, general, given)
         entry, new = await asyncio.get_running_loop().run_in_executor(self._builder, work)
         digest = entry.adapter.digest
         if (known := self._entries.get(digest)) is not None:  # other settings that mean the same
@@ -139,23 +162,26 @@ class Materializer:
             entry = known
         self._entries[digest] = entry
         self._entries.move_to_end(digest)
-        self._known[key] = digest
-        metrics.COMPOSITES.labels(key[1], "built" if new else "found").inc()
+        self._known[recipe] = digest
+        metrics.COMPOSITES.labels(recipe.gate, "built" if new else "found").inc()
         return entry
 
     def _make(
-        self, members: Sequence[Expert], gate: str, settings: dict[str, Any], given: Stored | None
+        self, recipe: Recipe, members: Sequence[Expert], general: Expert | None, given: Stored | None
     ) -> tuple[Entry, bool]:
         """Blocks. The entry, and whether it had to be built."""
-        keys = needed_tensors(gate, settings, len(members))
+        gate, settings = recipe.gate, json.loads(recipe.settings)
+        subtracted = None if general is None else self._part(general, (), None)
+        keys = needed_tensors(gate, settings, len(members), subtracted, recipe.compress)
         parts = [self._part(each, keys, given) for each in members]
-        plan(parts, gate, settings, max_rank=self._max_rank)  # every reason against it, before anything is read
-        digest = composite_digest(parts, gate, settings)
+        prepared: dict[str, Any] = {"general": subtracted, "compress": recipe.compress}
+        plan(parts, gate, settings, max_rank=self._max_rank, **prepared)  # every reason against it, first of all
+        digest = composite_digest(parts, gate, settings, **prepared)
         lock = self._sound(digest)
         if new := lock is None:
             with self._store.stage(digest) as staged:
                 with refuse_when_full(self._store.root):
-                    layout = compose(staged.path, parts, gate, settings, max_rank=self._max_rank)
+                    layout = compose(staged.path, parts, gate, settings, max_rank=self._max_rank, **prepared)
                 for note in layout.notes:
                     logger.info("auto:%s@%s: %s", gate, digest[:12], note)
                 staged.publish()
@@ -163,9 +189,7 @@ class Materializer:
         path = self._store.path(digest)
         with suppress(OSError):
             os.utime(path)  # used now
-        return Entry(
-            adapter_for(gate, digest, path), frozenset(each.id for each in members), size(path), lock=lock
-        ), new
+        return Entry(adapter_for(gate, digest, path), frozenset(recipe.members), size(path), lock=lock), new
 
     def _sound(self, digest: str) -> int | None:
         """A lock on the composite that is on disk, None when there is none, or a damaged one, which is deleted."""
@@ -185,7 +209,7 @@ class Materializer:
             kept = given[expert.id]
         else:
             kept = {key: tensors for key in keys if (tensors := self._tensors(expert, key)) is not None}
-        return Part(expert.id, expert.digest, expert.path, kept, expert.base_model)
+        return part_of(expert, kept)
 
     # Keeping in step
 
@@ -228,6 +252,10 @@ class Materializer:
             entry.release()
 
 
+def part_of(expert: Expert, tensors: Mapping[str, Mapping[str, Any]] | None = None) -> Part:
+    return Part(expert.id, expert.digest, expert.path, tensors or {}, expert.base_model)
+
+
 def adapter_of(expert: Expert) -> Adapter:
     return Adapter(name=expert.id, path=expert.path, shown=expert.name, digest=expert.digest)
 
@@ -237,13 +265,17 @@ def adapter_for(gate: str, digest: str, path: Path) -> Adapter:
     return Adapter(name=f"auto:{gate}@{digest[:12]}", path=path, shown=f"auto:{gate}", digest=digest)
 
 
-def needed_tensors(gate: str, settings: Mapping[str, Any], members: int) -> tuple[str, ...]:
+def needed_tensors(
+    gate: str, settings: Mapping[str, Any], members: int, general: Part | None = None, compress: int | None = None
+) -> tuple[str, ...]:
     """Keys of what a gate needs of every expert beside its weights. Raises CompositeError for wrong settings."""
-    return _needed_tensors(gate, json.dumps(settings, sort_keys=True), members)
+    return _needed_tensors(gate, json.dumps(settings, sort_keys=True), members, general and general.digest, compress)
 
 
 @lru_cache(maxsize=256)
-def _needed_tensors(gate: str, settings: str, members: int) -> tuple[str, ...]:
+def _needed_tensors(
+    gate: str, settings: str, members: int, subtracted: str | None, compress: int | None
+) -> tuple[str, ...]:
     if gate not in GATES:
         raise CompositeError([f"No gate {gate!r}. There are {', '.join(GATES)}."])
     names = tuple(Member(id=str(k), rows=1) for k in range(max(members, 2)))
@@ -251,7 +283,8 @@ def _needed_tensors(gate: str, settings: str, members: int) -> tuple[str, ...]:
         made = gate_of(Layout(gate=gate, settings=json.loads(settings), members=names))
     except ValueError as error:
         raise CompositeError([f"The settings do not suit the gate {gate!r}: {problems(error)}."]) from error
-    statistics = statistics_key(made) if tables_of(made) else None
+    general = None if subtracted is None else Part("general", subtracted, Path())
+    statistics = statistics_key(made, general=general, compress=compress) if tables_of(made) else None
     return tuple(key for key in (gate if made.extra else None, statistics) if key is not None)
 
 

@@ -85,4 +85,4 @@ def nearest(decision: Decision, reason: str) -> Decision:
 
 def selected(expert: Weighted) -> dict[str, Any]:
     one = (expert.model_copy(update={"weight": 1.0}),)
-    return {"kind": "select", "experts": one, "gate": None, "gate_settings": {}}
+    return {"kind": "select", "experts": one, "gate": None, "gate_settings": {}, "general": None, "compress": None}

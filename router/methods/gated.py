@@ -41,6 +41,8 @@ class GatedSettings(RetrievalSettings):
                  with a place for them the method does not abstain
     group        these experts always, by name, instead of a shortlist; then it does not abstain
     temperature  of the softmax over retrieval's scores that makes the members' weights
+    compress     None, or every member is cut to so many of its strongest directions, so that more of them fit
+    general      None, or an expert of general knowledge, by name, subtracted from every member (GenKnowSub)
     gate         the gate's own settings ({} for the defaults)
     """
 
@@ -51,6 +53,8 @@ class GatedSettings(RetrievalSettings):
     cold: int = Field(default=1, ge=0)
     group: tuple[str, ...] = ()
     temperature: float = Field(default=0.2, gt=0)
+    compress: int | None = Field(default=None, ge=1)
+    general: str | None = None
     gate: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -104,7 +108,11 @@ class Gated(Method):
         self.weighted = settings.prior if isinstance(settings, PriorSettings) else gate.takes_weights
         self.encodes = self.weighted or not settings.group
         self._max_rank = library.max_rank
-        self._rows = [expert.rank + gate.extra for expert in library.experts]
+        self._general = next((k for k, each in enumerate(library.experts) if each.name == settings.general), None)
+        self._ids = [expert.id for expert in library.experts]
+        taken = 0 if self._general is None else library.experts[self._general].rank
+        ranks = [expert.rank + taken for expert in library.experts]
+        self._rows = [min(rank, settings.compress or rank) + gate.extra for rank in ranks]
         self._digests = [expert.digest for expert in library.experts]
         self._cold = np.array([not expert.samples for expert in library.experts], bool)  # (n,)
         self._group = np.array([expert.name in settings.group for expert in library.experts], bool)  # (n,)
@@ -126,6 +134,8 @@ class Gated(Method):
         return self.settings.cold > 0 and bool((query.among & self._cold).any())
 
     def choose(self, query: Query, scores: Scores, ranked: Sequence[int]) -> Choice:
+        general = self._general if self._general is not None and query.among[self._general] else None
+        ranked = [k for k in ranked if k != general] or ranked
         wanted = self._distinct(ranked if self.settings.group else self._shortlist(query, scores, ranked))
         members = sorted(self._fitting(wanted))
         reason = ""
@@ -143,13 +153,15 @@ class Gated(Method):
             gate=self.name,
             gate_settings=self.gate_settings,
             verdict=verdict,
+            general=None if general is None else self._ids[general],
+            compress=self.settings.compress,
             reason=reason,
         )
 
     def _shortlist(self, query: Query, scores: Scores, ranked: Sequence[int]) -> list[int]:
         """The best experts, with experts without samples in the last places: which ones, the prompt's hash says."""
         size, apart = self.settings.shortlist, self._cold & (self.settings.cold > 0)
-        cold = np.flatnonzero(query.among & apart)
+        cold = [k for k in np.flatnonzero(query.among & apart).tolist() if k != self._general]
         warm = [k for k in ranked if not apart[k]]
         places = min(len(cold), max(self.settings.cold, size - len(warm)), size - bool(warm))
         best = warm[: size - places]
@@ -158,7 +170,7 @@ class Gated(Method):
             enough = np.searchsorted(np.cumsum(shares) / shares.sum(), self.settings.mass - 1e-9) + 1
             best = best[:enough]
         start = int.from_bytes(hashlib.sha256(query.text.encode(errors="surrogatepass")).digest()[:6], "big")
-        return best + [int(cold[(start + j) % len(cold)]) for j in range(places)]
+        return best + [cold[(start + j) % len(cold)] for j in range(places)]
 
     def _fitting(self, wanted: Sequence[int]) -> list[int]:
         """Those that fit the engine's rank together: the first, then experts without samples, then the others."""

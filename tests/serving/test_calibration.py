@@ -9,7 +9,7 @@ import pytest
 
 from adapters_registry.expert import State
 from router.composite import CompositeError
-from serving.calibration import FLOOR, NEUTRAL, PROMPTS, Sums, probe_settings
+from serving.calibration import FLOOR, NEUTRAL, PROMPTS, Score, Sums, score_of
 from serving.materializer import layout_of
 
 REVERSE = "spell cherry backwards"
@@ -124,6 +124,16 @@ async def test_an_expert_alone_has_nobody_to_be_compared_with(serve, register, a
         assert (await calibrate(world)).json()["measured"] == []
 
 
+async def test_prepared_experts_are_measured_as_they_are_used(world):
+    moerge = {"experts": ["count", "reverse"], "gate": "evidence", "compress": 2, "general": "shout"}
+    assert (await world.ask("auto", REVERSE, moerge=moerge)).json()["model"] == "auto:evidence"
+    digest = world.service.active("shout").digest[:12]
+    found = await kept(world, "count", f"{KEY}-minus-{digest}-rank-2")
+    assert found[f"{MODULES[0]}.centre"].shape == (2,)
+    assert await kept(world, "count") is None
+    assert await kept(world, "shout", f"{KEY}-minus-{digest}-rank-2") is None
+
+
 # POST /v1/gates/calibrate
 
 
@@ -199,13 +209,18 @@ def test_nothing_read_is_nothing_calibrated():
         Sums(rows=slice(0, 1)).statistics()
 
 
+SPECTR = {"score": "spectr", "normalise": "none", "centred": False}
+
+
 @pytest.mark.parametrize(
-    ("key", "settings"),
+    ("key", "score"),
     [
-        (KEY, {"score": "spectr", "normalise": "none", "centred": False}),
-        ("statistics/unit/arrow-centred", {"score": "arrow", "normalise": "none", "centred": True}),
-        ("statistics/unit/smile-16", {"score": "smile", "normalise": "none", "centred": False, "k_gate": 16}),
+        (KEY, Score(SPECTR)),
+        ("statistics/unit/arrow-centred", Score({"score": "arrow", "normalise": "none", "centred": True})),
+        ("statistics/unit/smile-16", Score({**SPECTR, "score": "smile", "k_gate": 16})),
+        (f"{KEY}-rank-2", Score(SPECTR, compress=2)),
+        (f"{KEY}-minus-0123456789ab-rank-2", Score(SPECTR, general="0123456789ab", compress=2)),
     ],
 )
-def test_a_key_says_how_to_measure_it(key, settings):
-    assert probe_settings(key) == settings
+def test_a_key_says_how_to_measure_it(key, score):
+    assert score_of(key) == score

@@ -275,6 +275,36 @@ async def test_a_prior_over_named_experts(world):
     assert experts_of(await world.ask("auto", FAR, moerge=moerge)) == {"shout": 1.0}
 
 
+async def test_experts_can_be_prepared(world):
+    moerge = {"experts": ["count", "reverse"], "gate": "arrow"}
+    names = set()
+    for more in ({}, {"compress": 2}, {"general": "shout"}, {"compress": 3, "general": "shout"}):
+        response = await world.ask("auto", FAR, moerge={**moerge, **more})
+        assert response.json()["model"] == "auto:arrow"
+        names.add(world.engine.asked[-1].body["model"])
+        layout = await asyncio.to_thread(layout_of, world.engine.paths[world.engine.asked[-1].body["model"]])
+        assert layout.blocks == (more.get("compress", 8 if "general" in more else 4),) * 2
+    assert len(names) == 4
+
+
+async def test_what_does_not_fit_says_how_it_would_and_does(serve):
+    async with serve(engine={"max_rank": 8}) as world:
+        moerge = {"experts": ["count", "reverse", "shout"]}
+        refused = await world.ask("auto", FAR, moerge=moerge)
+        assert refused.status_code == 422
+        assert "compress=2" in refused.json()["error"]["message"]
+        assert (await world.ask("auto", FAR, moerge={**moerge, "compress": 2})).status_code == 200
+
+
+async def test_methods_can_prepare_their_experts(serve):
+    settings = {"compress": 2, "general": "shout"}
+    async with serve(engine={"max_rank": 8}, router={"methods": {"retrieval": {}, "arrow": settings}}) as world:
+        response = await world.ask("auto:arrow", REVERSE)
+        assert list(experts_of(response)) == ["count", "reverse"]
+        layout = await asyncio.to_thread(layout_of, world.engine.paths[world.engine.asked[-1].body["model"]])
+        assert layout.blocks == (2, 2)
+
+
 async def test_one_named_expert_answers_alone(world):
     for experts in (["shout"], {"shout": 1}):
         assert (await world.ask("auto", FAR, moerge={"experts": experts})).json()["model"] == "shout"
@@ -299,6 +329,10 @@ REFUSED = [
     ({"gate": "arrow", "settings": {"top_k": 0}}, 400, "top_k"),
     ({"gate": "arrow", "settings": {"froce": 0}}, 400, "froce"),
     ({"settings": {"top_k": 1}}, 400, "gate"),
+    ({"gate": "arrow", "compress": 2}, 400, "name them"),
+    ({"experts": ["shout", "count"], "compress": 0}, 400, "compress"),
+    ({"experts": ["shout", "count"], "general": "nobody"}, 404, "nobody"),
+    ({"experts": ["shout", "count"], "general": "shout"}, 400, "itself"),
     ({"trace": "sometimes"}, 400, "trace"),
     ({"froce": 1}, 400, "froce"),
     ([], 400, "moerge"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -322,3 +324,45 @@ async def test_files_that_are_being_read_are_told_of(shelf, kept):
     assert kept.digests() == {shelf.experts["a"].digest, shelf.experts["b"].digest}
     await task
     assert kept.digests() == frozenset()
+
+
+KILLED = """
+import asyncio, json, os, signal, sys
+from pathlib import Path
+from adapters_registry.expert import Expert
+from router.decision import Decision
+from serving import materializer
+
+def killed(folder, *args, **options):
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+materializer.compose = killed
+folder, decision, *experts = sys.argv[1:]
+experts = {each.id: each for each in map(Expert.model_validate_json, experts)}
+
+async def main():
+    made = materializer.Materializer(
+        Path(folder), find=experts.get, tensors=lambda *_: None, max_rank=16, max_bytes=2**30
+    )
+    async with made.hold(Decision.model_validate_json(decision)):
+        pass
+
+asyncio.run(main())
+"""
+
+
+async def test_a_server_that_is_killed_while_it_builds_leaves_nothing_that_is_used(shelf):
+    decision = shelf.decision("ab")
+    experts = [shelf.experts[name].model_dump_json() for name in "ab"]
+    command = [sys.executable, "-c", KILLED, str(shelf.folder), decision.model_dump_json(), *experts]
+    process = await asyncio.create_subprocess_exec(*command)
+    assert await process.wait() == -signal.SIGKILL
+    assert len(list((shelf.folder / ".staging").iterdir())) == 1
+    kept = shelf.open()
+    assert list((shelf.folder / ".staging").iterdir()) == []
+    assert shelf.folders() == set()
+    [adapter] = await use(kept, decision)
+    assert layout_of(adapter.path).gate == "arrow"
+    await kept.close()

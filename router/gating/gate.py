@@ -146,7 +146,7 @@ class Gate(ABC):
     @classmethod
     def row(cls, vector: Tensor) -> Tensor:
         """The extra row (d_in,) that A gets for an expert's stored vector (d_in,)."""
-        raise NotImplementedError(f"{cls.__name__} has no extra rows")
+        return vector
 
     @abstractmethod
     def weights(self, z: Tensor, table: Table, step: Step) -> Tensor:

@@ -36,9 +36,5 @@ class Meteora(ScoreGate):
     name: str = "meteora"
     extra: ClassVar[bool] = True
 
-    @classmethod
-    def row(cls, vector: Tensor) -> Tensor:
-        return vector
-
     def score(self, z: Tensor, table: Table, step: Step) -> Tensor:
         return self.blocks.extra_rows(z)

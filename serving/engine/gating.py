@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from router.gating.gate import NOTHING, Gate, Step
+from router.gating.gate import NOTHING, Gate, Step, Table
 from serving.engine import Trace, trace
 from serving.engine.batch import WEIGHTS, Batch, Request
 from serving.engine.evidence import BlockEvidence
-from serving.engine.slots import Factors, SlotAdapter
+from serving.engine.slots import SlotAdapter
 
 logger = logging.getLogger("moerge.engine")
 
@@ -56,7 +56,7 @@ class SlotStep:
         self._step = NOTHING
         if given is not None or self.evidence is not None:
             self._step = Step(given=given, evidence=self.evidence)
-        self._needs_spread = gate.needs_length or gate.needs_spread
+        self.needs_spread = gate.needs_length or gate.needs_spread
         self.traced = []
         start = 0
         for request in requests:
@@ -64,21 +64,16 @@ class SlotStep:
                 self.traced.append(found)
             start += request.tokens
 
-    def gate_(self, z: Tensor, factors: Factors, d_in: int, spread: Spread | None) -> None:
+    def gate_(self, z: Tensor, table: Table, d_in: int, spread: Spread | None) -> None:
         """Multiply z (t, n, R) by the gate's weights, in place; `spread` of x when `needs_spread`."""
-        assert factors.table is not None
         step = self._step
         if spread is not None:
             step = Step(spread.length, spread.spread, step.given, step.evidence, d_in)
-        if self.traced:
-            trace.note(self.traced, self._gate, z, factors.table, step)
-        weights = self._gate(z, factors.table, step)
-        if self.traced:
-            trace.weigh(self.traced, weights, factors.table.index)
-
-    @property
-    def needs_spread(self) -> bool:
-        return self._needs_spread
+        if not self.traced:
+            self._gate(z, table, step)
+            return
+        trace.note(self.traced, self._gate, z, table, step)
+        trace.weigh(self.traced, self._gate(z, table, step), table.index)
 
     def close(self) -> None:
         """After the last group."""

@@ -262,7 +262,7 @@ class Plugin:
     def fill(self, slot: int, model: Any) -> None:
         """`slot` holds `model` (a LoRAModel, packed) from now on."""
         layout, tables = getattr(model, "moerge", (None, None))
-        adapter = slot_adapter(slot, self.groups, self._ranks(model), layout, tables)
+        adapter = slot_adapter(self.groups, self._ranks(model), layout, tables)
         for wrapper in self._wrappers:
             wrapper.set_slot(slot, adapter)
         (self.composites.discard if layout is None else self.composites.add)(slot)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from router.gating.gate import Table
 from serving.engine.batch import Batch
 from serving.engine.gating import Gates, SlotStep, Spread, spread_of, spread_of_shares
-from serving.engine.slots import Factors, Group, SlotAdapter
+from serving.engine.slots import Group, Packed, SlotAdapter, pack
 
 #: Rows of the batch: all (None), a range, or an index.
 Rows = slice | Tensor | None
@@ -38,7 +39,7 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.gates = Gates(0)
         self._groups: dict[int, Group] = {}  # by address of the stacked A and B of its first module
-        self._slots: dict[int, SlotAdapter] = {}
+        self._packed: dict[int, dict[int, Packed]] = {}  # by slot and group
         self._segments: list[tuple[int, Rows]] | None = None
         self._spreads: dict[int, Spread] = {}  # by slot, from a sharded layer's shrink to its expand
 
@@ -47,15 +48,15 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
     def set_groups(self, groups: Sequence[Group]) -> None:
         """All places of the model where adapters act."""
         self._groups = {stacked[0].data_ptr(): group for group in groups for stacked in (group.A, group.B)}
+        self._by_index = list(groups)
         self.gates = Gates(len(groups))
 
     def set_slot(self, slot: int, adapter: SlotAdapter | None) -> None:
         """What `slot` holds from now on."""
         self.gates.set_slot(slot, adapter)
-        if adapter is None:
-            self._slots.pop(slot, None)
-        else:
-            self._slots[slot] = adapter
+        self._packed.pop(slot, None)
+        if adapter is not None:
+            self._packed[slot] = {i: pack(self._by_index[i], slot, share) for i, share in adapter.shares.items()}
 
     def set_step(self, batch: Batch) -> None:
         """The requests of the coming step that are for composites."""
@@ -87,30 +88,31 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
         """Add every adapter's part to `y (tokens, sum(output_slices))`, in place; x (tokens, d_in)."""
         group = self._groups[lora_a_stacked[0].data_ptr()]
         for slot, rows in self.segments():
-            factors = self._slots[slot].factors.get(group.index)
-            if factors is None:
+            packed = self._packed[slot].get(group.index)
+            if packed is None:
                 continue
             x_s = x if rows is None else x[rows]  # (t, d_in)
-            z = shrink(x_s, factors)  # (t, sum of ranks)
-            if factors.table is not None:
+            z = shrink(x_s, packed)  # (t, sum of ranks)
+            parts = packed.share.parts
+            if packed.share.table is not None:
                 step = self.gates.step(slot)
                 spread = spread_of(x_s) if step is not None and step.needs_spread else None
-                gate_(z.view(len(z), len(factors.parts), -1), step, factors, group, spread)
-            expand(y, rows, [z[:, part.first : part.used] for part in factors.parts], factors, 0)
+                gate_(z.view(len(z), len(parts), -1), step, packed.share.table, group, spread)
+            expand(y, rows, [z[:, part.first : part.used] for part in parts], packed, 0)
 
     def add_shrink(self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any) -> None:
         """`y[i] = A_i x`, (modules, tokens, r); the ranks then add up or join what each has of it."""
         group = self._groups[lora_a_stacked[0].data_ptr()]
         x = x.view(-1, x.shape[-1])
         for slot, rows in self.segments():
-            factors = self._slots[slot].factors.get(group.index)
-            if factors is None:
+            packed = self._packed[slot].get(group.index)
+            if packed is None:
                 continue
             x_s = x if rows is None else x[rows]
-            z = shrink(x_s, factors).to(y.dtype)
-            for part in factors.parts:
+            z = shrink(x_s, packed).to(y.dtype)
+            for part in packed.share.parts:
                 y[part.module, every(rows), : part.last - part.first] = z[:, part.first : part.last]
-            step = self.gates.step(slot) if factors.table is not None else None
+            step = self.gates.step(slot) if packed.share.table is not None else None
             if step is not None and step.needs_spread:
                 whole = x_s.shape[-1] == group.d_in
                 self._spreads[slot] = spread_of(x_s) if whole else spread_of_shares(x_s, group.d_in, all_reduce)
@@ -129,16 +131,15 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
         group = self._groups[lora_b_stacked[0].data_ptr()]
         y = y.view(-1, y.shape[-1])
         for slot, rows in self.segments():
-            factors = self._slots[slot].factors.get(group.index)
-            if factors is None:
+            packed = self._packed[slot].get(group.index)
+            if packed is None:
                 continue
-            if factors.table is not None:
-                z = torch.stack([x[part.module, every(rows), : part.rank] for part in factors.parts], 1)  # (t, n, R)
-                gate_(z, self.gates.step(slot), factors, group, self._spreads.pop(slot, None))
-                parts = [z[:, i, : len(part.Bt)] for i, part in enumerate(factors.parts)]
-            else:
-                parts = [x[part.module, every(rows), : part.rank] for part in factors.parts]
-            expand(y, rows, parts, factors, offset_start)
+            z = [x[part.module, every(rows), : part.rank] for part in packed.share.parts]
+            if packed.share.table is not None:
+                stacked = torch.stack(z, 1)  # (t, n, R)
+                gate_(stacked, self.gates.step(slot), packed.share.table, group, self._spreads.pop(slot, None))
+                z = [z_i[:, : len(Bt)] for z_i, Bt in zip(stacked.unbind(1), packed.Bt, strict=True)]
+            expand(y, rows, z, packed, offset_start)
 
 
 def rows_of(mask: Tensor) -> Rows:
@@ -154,28 +155,28 @@ def every(rows: Rows) -> slice | Tensor:
     return slice(None) if rows is None else rows
 
 
-def shrink(x: Tensor, factors: Factors) -> Tensor:
+def shrink(x: Tensor, packed: Packed) -> Tensor:
     """x (t, d_in) -> (t, sum of ranks), all modules of the group at once."""
-    return torch.mm(x if x.dtype == factors.A.dtype else x.to(factors.A.dtype), factors.A.T)
+    return torch.mm(x if x.dtype == packed.A.dtype else x.to(packed.A.dtype), packed.A.T)
 
 
-def gate_(z: Tensor, step: SlotStep | None, factors: Factors, group: Group, spread: Spread | None) -> None:
+def gate_(z: Tensor, step: SlotStep | None, table: Table, group: Group, spread: Spread | None) -> None:
     """Multiply z (t, n, R) by the gate's weights, in place."""
     if step is None:  # a dry run of the engine's own: nobody reads its output, and nothing may be remembered
         z.zero_()
     else:
-        step.gate_(z, factors, group.d_in, spread)
+        step.gate_(z, table, group.d_in, spread)
 
 
-def expand(y: Tensor, rows: Rows, z: Sequence[Tensor], factors: Factors, offset: int) -> None:
-    """`y[rows, start:stop] += z_i Bt_i` for every adapted module i; z_i (t, rank)."""
+def expand(y: Tensor, rows: Rows, z: Sequence[Tensor], packed: Packed, offset: int) -> None:
+    """`y[rows, start:stop] += z_i B_i^T` for every adapted module i; z_i (t, rank)."""
     if isinstance(rows, slice):
         y, rows = y[rows], None
-    for z_i, part in zip(z, factors.parts, strict=True):
+    for z_i, part, Bt in zip(z, packed.share.parts, packed.Bt, strict=True):
         y_i = y[:, offset + part.start : offset + part.stop]
         if z_i.dtype != y.dtype:
             z_i = z_i.to(y.dtype)
         if rows is None:
-            y_i.addmm_(z_i, part.Bt)
+            y_i.addmm_(z_i, Bt)
         else:
-            y_i.index_add_(0, rows, torch.mm(z_i, part.Bt))
+            y_i.index_add_(0, rows, torch.mm(z_i, Bt))

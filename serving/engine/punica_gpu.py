@@ -56,9 +56,9 @@ class GatedMixin:
             return
         refuse(adapter.layout, tensor_parallel())
         places = {
-            index: ([part.module for part in factors.parts], factors.table)
-            for index, factors in adapter.factors.items()
-            if factors.table is not None
+            index: ([part.module for part in share.parts], share.table)
+            for index, share in adapter.shares.items()
+            if share.table is not None
         }
         self.tables.fill(slot, adapter.layout, places)
         self._composites[slot] = adapter

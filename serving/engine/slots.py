@@ -45,7 +45,7 @@ class Group:
 
 
 class Part(NamedTuple):
-    """One adapted module of a group: `y[:, start:stop] += z[:, first:used] Bt`.
+    """One adapted module of a group: `y[:, start:stop] += z[:, first:used] B^T`.
 
     `first:last` are its columns of the packed `z = x A^T`, of this tensor-parallel rank; `rank` is how many there
     are over all, `first:used` those that do not only feed a gate. `module` is its place in the group.
@@ -58,66 +58,72 @@ class Part(NamedTuple):
     rank: int
     start: int
     stop: int
-    Bt: Tensor  # (used rank, width)
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
-    """An adapter's share in one group: `A (sum of ranks, d_in)`, its parts, and its gate's table."""
+class Share:
+    """What an adapter changes in one group: its parts there, and its gate's table."""
 
-    A: Tensor
     parts: tuple[Part, ...]
     table: Table | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class SlotAdapter:
-    """What a slot holds: a plain adapter (no gate) or a composite; `factors` by group index."""
+    """What a slot holds: a plain adapter (no gate) or a composite; `shares` by group index."""
 
-    factors: Mapping[int, Factors]
+    shares: Mapping[int, Share]
     layout: Layout | None = None
     gate: Gate | None = None
     groups: int = 0
     names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # group index -> its adapted modules
 
 
+class Packed(NamedTuple):
+    """An adapter's factors in one group, without gaps: A (sum of ranks, d_in); Bt (rank, width) of each part."""
+
+    share: Share
+    A: Tensor
+    Bt: tuple[Tensor, ...]
+
+
 def slot_adapter(
-    slot: int,
     groups: Sequence[Group],
     ranks: Mapping[str, int],
     layout: Layout | None = None,
     tables: Mapping[str, Tables] | None = None,
 ) -> SlotAdapter:
-    """The adapter that vLLM has just copied into `slot`; `ranks` of the modules (by their names) that it adapts."""
+    """An adapter of these `ranks`, by module; for a composite with its layout and its gate's constants by module."""
     gate = gate_of(layout) if layout is not None else None
-    factors, names = {}, {}
+    shares, names = {}, {}
     for group in groups:
         adapted = [i for i, module in enumerate(group.modules) if module in ranks]
         if adapted:
             names[group.index] = tuple(group.modules[i] for i in adapted)
             table = None if layout is None else table_of(group.index, names[group.index], layout, tables or {})
-            factors[group.index] = _factors(slot, group, adapted, ranks, table)
-    return SlotAdapter(factors, layout, gate, len(groups), names)
+            parts = _parts(group, adapted, ranks, layout.extra if layout is not None else 0)
+            shares[group.index] = Share(parts, table)
+    return SlotAdapter(shares, layout, gate, len(groups), names)
 
 
-def _factors(slot: int, group: Group, adapted: Sequence[int], ranks: Mapping[str, int], table: Table | None) -> Factors:
-    """Copies without gaps: in decoding, time is what it takes to read them from memory."""
-    extra = 0 if table is None else table.layout.extra
-    rows, parts, first = [], [], 0
-    starts = [sum(group.widths[:i]) for i in range(len(group.widths))]
+def _parts(group: Group, adapted: Sequence[int], ranks: Mapping[str, int], extra: int) -> tuple[Part, ...]:
+    parts, first = [], 0
     for i in adapted:
-        rank = ranks[group.modules[i]]
-        sharded = group.A[i].shape[2] < group.B[i].shape[3]
-        a = group.A[i][slot, 0] if sharded else group.A[i][slot, 0, :rank]
-        Bt = group.B[i][slot, 0, :, : rank - extra].contiguous().T
-        used, stop = first + rank - extra, starts[i] + group.widths[i]
-        parts.append(Part(i, first, first + len(a), used, rank, starts[i], stop, Bt))
-        rows.append(a)
-        first += len(a)
-    A = torch.cat(rows)
-    if table is not None:
+        rank, local = ranks[group.modules[i]], group.A[i].shape[2]
+        mine = local if local < group.B[i].shape[3] else rank  # rows on this rank
+        start = sum(group.widths[:i])
+        parts.append(Part(i, first, first + mine, first + rank - extra, rank, start, start + group.widths[i]))
+        first += mine
+    return tuple(parts)
+
+
+def pack(group: Group, slot: int, share: Share) -> Packed:
+    """Copies, because the time of decoding is what it takes to read them from memory."""
+    A = torch.cat([group.A[part.module][slot, 0, : part.last - part.first] for part in share.parts])
+    if share.table is not None:
         A = A.float()  # scores are compared with each other: never in half precision
-    return Factors(A, tuple(parts), table)
+    Bt = [group.B[part.module][slot, 0, :, : part.used - part.first].contiguous().T for part in share.parts]
+    return Packed(share, A, tuple(Bt))
 
 
 def table_of(index: int, modules: Sequence[str], layout: Layout, tables: Mapping[str, Tables]) -> Table:

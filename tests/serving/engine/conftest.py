@@ -55,7 +55,7 @@ class Bench:
                     group.A[i][slot, 0, : len(A)], group.B[i][slot, 0, :, : len(A)] = A, B
         self.factors[slot] = dict(factors)
         ranks = {module: len(A) for module, (A, _) in factors.items()}
-        self.wrapper.set_slot(slot, slot_adapter(slot, self.groups, ranks, layout, tables))
+        self.wrapper.set_slot(slot, slot_adapter(self.groups, ranks, layout, tables))
 
     def map(self, index: Tensor) -> None:
         """What `update_metadata` leaves behind after a step's mapping."""

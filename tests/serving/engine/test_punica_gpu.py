@@ -81,7 +81,7 @@ def world(wrapper_class):
     layouts = [layout_of("arrow", {"top_k": 2}), layout_of("phatgoose", {}, extra=3), layout_of("constant", {}), None]
     for slot, layout in enumerate(layouts):
         ranks = dict.fromkeys(MODULES, layout.rank if layout else 8)
-        wrapper.set_slot(slot, slot_adapter(slot, groups, ranks, layout, {}))
+        wrapper.set_slot(slot, slot_adapter(groups, ranks, layout, {}))
     return SimpleNamespace(wrapper=wrapper, groups=groups, layouts=layouts)
 
 
@@ -137,7 +137,7 @@ def test_requests_bring_weights_for_one_step(world):
 def test_a_plain_adapter_in_a_composite_s_slot_is_not_gated(world):
     x, slots = torch.randn(3, D), torch.zeros(3, dtype=torch.long)
     world.wrapper.set_tokens(slots)
-    world.wrapper.set_slot(0, slot_adapter(0, world.groups, dict.fromkeys(MODULES, RANK)))
+    world.wrapper.set_slot(0, slot_adapter(world.groups, dict.fromkeys(MODULES, RANK)))
     world.layouts[0] = None
     torch.testing.assert_close(run(world, 0, x), written_out(world, world.groups[0], x, slots), rtol=1e-4, atol=1e-4)
 
@@ -147,7 +147,7 @@ def test_a_composite_that_no_gpu_can_gate_leaves_the_slot_ungated(world):
 
     layout = layout_of("evidence", {})
     with pytest.raises(NotOnGpu, match="served on CPUs only"):
-        world.wrapper.set_slot(1, slot_adapter(1, world.groups, dict.fromkeys(MODULES, layout.rank), layout, {}))
+        world.wrapper.set_slot(1, slot_adapter(world.groups, dict.fromkeys(MODULES, layout.rank), layout, {}))
     assert world.wrapper.tables.plan[1].tolist() == [0] * 6
 
 
@@ -177,7 +177,7 @@ def test_torch_compile_traces_it_without_a_break_and_refilled_slots_need_no_new_
                 for slot in (0, 3):
                     layout = world.layouts[slot]
                     ranks = dict.fromkeys(MODULES, layout.rank if layout else RANK)
-                    world.wrapper.set_slot(slot, slot_adapter(slot, world.groups, ranks, layout, {}))
+                    world.wrapper.set_slot(slot, slot_adapter(world.groups, ranks, layout, {}))
             expected = sum(written_out(world, group, x, slots) for group in world.groups)
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     assert traced == 1

@@ -7,10 +7,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from router.blending.operator import BlendSettings, Density
+from router.blending.operator import BlendSettings, Density, Seeded
 
 Mean = Literal["weights", "count"]
 
@@ -21,13 +20,10 @@ class Pruned(BlendSettings):
     density: Density = 0.2
 
 
-class Dropped(BlendSettings):
-    """density  the probability with which an element of dW is kept
-    seed     of the random masks; the same seed and members give the same bytes
-    """
+class Dropped(Seeded):
+    """density  the probability with which an element of dW is kept"""
 
     density: Density = 0.5
-    seed: int = Field(default=0, ge=0)
 
 
 class Electing(BlendSettings):

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,19 @@ def _write(folder: Path, plan: Plan, lineage: dict[str, Any]) -> Report:
         shapes[_tensor(module, "B")] = (d_out, rank)
     cut: list[Compressed] = []
 
-    def merged() -> Iterator[Tensor]:
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+    def merged() -> Generator[Tensor]:
+        threads = ThreadPoolExecutor(max_workers=os.cpu_count())
+        try:
             for factors, compressed in threads.map(lambda module: merge_module(plan, module, rows[module]), rows):
                 if compressed is not None:
                     cut.append(compressed)
                 yield _padded(factors.A, rank, 0)
                 yield _padded(factors.B, rank, 1)
+        finally:  # also when the disk is full: the rest is not computed then
+            threads.shutdown(cancel_futures=True)
 
-    write_tensors(folder / WEIGHTS, shapes, merged())
+    with closing(merged()) as tensors:
+        write_tensors(folder / WEIGHTS, shapes, tensors)
     total = sum(each.total for each in cut)
     report = Report(
         rank=rank,

@@ -34,7 +34,7 @@ class BlendSettings(BaseModel):
 
 
 class Seeded(BlendSettings):
-    """seed  of the random masks; the same seed and members give the same bytes"""
+    """seed  of random masks or starts; the same seed and members give the same bytes"""
 
     seed: int = Field(default=0, ge=0)
 

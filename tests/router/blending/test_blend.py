@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,7 +341,8 @@ def test_a_damaged_or_unusual_member_is_refused(tmp_path: Path, adapter: Path, p
 
 
 def test_when_writing_fails_nothing_is_left(tmp_path: Path, parts: list[Part], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
+    def full(path: Path, shapes: object, tensors: Iterator[Tensor]) -> None:
+        path.write_bytes(next(tensors).numpy().tobytes())
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(blend_folder, "write_tensors", full)

@@ -49,29 +49,30 @@ def _cosines(products: Similarity) -> Similarity:
     return cosines
 
 
-def cluster(similarity: Similarity, rows: Sequence[int], max_rank: int, least: float = -1.0) -> list[list[int]]:
+def cluster(similarity: Similarity, rows: Sequence[int], max_rank: int, least: float = -np.inf) -> list[list[int]]:
     """Groups of expert numbers; the rows of a group's members sum to at most `max_rank`.
 
     Average linkage with a capacity: merge the two most similar groups that still fit together, until none do. Any two
     groups that are left are over the limit together, so there are fewer than twice as many as there must be. Groups
     less similar than `least` are not merged. An expert that has more rows than fit is alone. Ties go to the first.
     """
-    n = len(rows)
-    groups: list[list[int] | None] = [[i] for i in range(n)]
-    totals = np.array(similarity, np.float64)  # sums of similarities between members of two groups
-    size, weight = np.ones(n), np.asarray(rows, np.float64)
-    open_ = ~np.eye(n, dtype=bool)
-    while True:
-        linkage = np.where(open_ & (weight[:, None] + weight <= max_rank), totals / size[:, None] / size, -np.inf)
-        i, j = divmod(int(np.argmax(linkage)), n) if n else (0, 0)
-        if not n or linkage[i, j] < least:
-            break
-        first, second = groups[i], groups[j]
-        assert first is not None
-        assert second is not None
-        groups[i], groups[j] = sorted(first + second), None
+    groups: list[list[int]] = [[i] for i in range(len(rows))]
+    totals = np.array(similarity, np.float64)  # sums of similarities between the members of two groups
+    size, weight = np.ones(len(rows)), np.asarray(rows, np.float64)
+
+    def links(i: int) -> NDArray[np.float64]:
+        """(n,) mean similarity of group i to the groups that it fits with; -inf to others, and to those gone."""
+        fits = (size > 0) & (weight[i] + weight <= max_rank)
+        fits[i] = False
+        return np.where(fits, totals[i] / (size[i] * np.maximum(size, 1)), -np.inf)
+
+    linkage = np.array([links(i) for i in range(len(rows))])
+    while linkage.size and np.isfinite(best := linkage.max()) and best >= least:
+        i, j = (int(each) for each in np.unravel_index(np.argmax(linkage), linkage.shape))
+        groups[i], groups[j] = sorted(groups[i] + groups[j]), []
         totals[i] += totals[j]
         totals[:, i] += totals[:, j]
-        size[i], weight[i] = size[i] + size[j], weight[i] + weight[j]
-        open_[j] = open_[:, j] = False
-    return sorted(group for group in groups if group is not None)
+        size[i], weight[i], size[j] = size[i] + size[j], weight[i] + weight[j], 0
+        linkage[j] = linkage[:, j] = -np.inf
+        linkage[i] = linkage[:, i] = links(i)
+    return sorted(group for group in groups if group)

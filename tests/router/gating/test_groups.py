@@ -53,7 +53,7 @@ def test_similar_experts_come_together() -> None:
         similarity[i, j] = similarity[j, i] = value
     assert cluster(similarity, [4] * 5, 12) == [[0, 3], [1, 2, 4]]
     assert cluster(similarity, [4] * 5, 8) == [[0, 3], [1, 4], [2]]
-    assert cluster(similarity, [4] * 5, 20) == [[0, 1, 2, 3, 4]]
+    assert cluster(-similarity, [4] * 5, 20) == [[0, 1, 2, 3, 4]]
     assert cluster(similarity, [4] * 5, 20, least=0.5) == [[0, 3], [1, 2, 4]]
     assert cluster(similarity, [4, 16, 4, 4, 4], 12) == [[0, 3], [1], [2, 4]]
 

@@ -69,14 +69,18 @@ class StepEvidence:
 
     def add(self, index: int, score: Tensor) -> Tensor:
         """`score (t, K)` of group `index` -> (t, K)"""
-        sums = score.double()
-        for rows in self._long:
-            sums[rows] = sums[rows].cumsum(0)
-        before = self._before[index]  # (requests, K)
+        before, state = self._before[index], self._state[index]  # (requests, K), (rows to store, K)
+        if self._long:
+            score = score.double()
+            for rows in self._long:
+                score[rows] = score[rows].cumsum(0)
         for request, row in self._chained:
-            before[request] = before[self._owner[row]] + sums[row]
-        sums += before[self._owner] if self._long else before
-        self._state[index] = sums[self._rows] if self._long else sums
+            before[request] = before[self._owner[row]] + score[row]
+        if self._long:
+            sums = score.add_(before[self._owner])
+            state.copy_(sums[self._rows])
+        else:
+            sums = torch.add(before, score, out=state)
         self.total += sums
         return self.total.float()
 

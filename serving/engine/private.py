@@ -227,6 +227,9 @@ class Plugin:
             reasons.append("With tensor parallelism a rank sees part of the scores only: set fully_sharded_loras.")
         if self._config.use_v2_model_runner:
             reasons.append("Composites need vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
+        for wrapper in self._wrappers:
+            if hasattr(wrapper, "reasons_against"):
+                reasons += wrapper.reasons_against(layout)
         if not gate_of(layout).stateful:
             return reasons
         if self._config.speculative_config is not None:

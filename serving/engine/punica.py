@@ -87,6 +87,7 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
     ) -> None:
         """Add every adapter's part to `y (tokens, sum(output_slices))`, in place; x (tokens, d_in)."""
         group = self._groups[lora_a_stacked[0].data_ptr()]
+        x, y = self._unpadded(x), self._unpadded(y)
         for slot, rows in self.segments():
             packed = self._packed[slot].get(group.index)
             if packed is None:
@@ -103,7 +104,7 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
     def add_shrink(self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any) -> None:
         """`y[i] = A_i x`, (modules, tokens, r); the ranks then add up or join what each has of it."""
         group = self._groups[lora_a_stacked[0].data_ptr()]
-        x = x.view(-1, x.shape[-1])
+        x = self._unpadded(x)
         for slot, rows in self.segments():
             packed = self._packed[slot].get(group.index)
             if packed is None:
@@ -111,7 +112,7 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
             x_s = x if rows is None else x[rows]
             z = shrink(x_s, packed).to(y.dtype)
             for part in packed.share.parts:
-                y[part.module, every(rows), : part.last - part.first] = z[:, part.first : part.last]
+                y[part.module, : len(x), : part.last - part.first][every(rows)] = z[:, part.first : part.last]
             step = self.gates.step(slot) if packed.share.table is not None else None
             if step is not None and step.needs_spread:
                 whole = x_s.shape[-1] == group.d_in
@@ -129,17 +130,22 @@ class SegmentPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
     ) -> None:
         """`y[:, slice i] += B_i x[i]` with x (modules, tokens, r_max), whole."""
         group = self._groups[lora_b_stacked[0].data_ptr()]
-        y = y.view(-1, y.shape[-1])
+        y, tokens = self._unpadded(y), self.indices_len[0]
         for slot, rows in self.segments():
             packed = self._packed[slot].get(group.index)
             if packed is None:
                 continue
-            z = [x[part.module, every(rows), : part.rank] for part in packed.share.parts]
+            z = [x[part.module, :tokens, : part.rank][every(rows)] for part in packed.share.parts]
             if packed.share.table is not None:
                 stacked = torch.stack(z, 1)  # (t, n, R)
                 gate_(stacked, self.gates.step(slot), packed.share.table, group, self._spreads.pop(slot, None))
                 z = [z_i[:, : len(Bt)] for z_i, Bt in zip(stacked.unbind(1), packed.Bt, strict=True)]
             expand(y, rows, z, packed, offset_start)
+
+    def _unpadded(self, tensor: Tensor) -> Tensor:
+        """Rows of tokens only: what pads a batch belongs to nobody."""
+        tokens = self.indices_len[0]
+        return tensor if tensor.shape[0] == tokens else tensor[:tokens]
 
 
 def rows_of(mask: Tensor) -> Rows:

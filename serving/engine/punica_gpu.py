@@ -14,9 +14,10 @@ from typing import Any, Self
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
+from router.gating.layout import Layout
 from serving.engine.batch import Batch
 from serving.engine.gating import Gates, given_weights
-from serving.engine.gpu_tables import Tables, refuse
+from serving.engine.gpu_tables import NotOnGpu, Tables, refuse
 from serving.engine.kernels import gate_op, measure_op
 from serving.engine.slots import Group, SlotAdapter
 
@@ -46,6 +47,14 @@ class GatedMixin:
         mine = copy.copy(self)
         mine.group = index
         return mine
+
+    def reasons_against(self, layout: Layout) -> list[str]:
+        """Why the kernel cannot do what this layout asks for."""
+        try:
+            refuse(layout, tensor_parallel())
+        except NotOnGpu as error:
+            return [str(error)]
+        return []
 
     def set_slot(self, slot: int, adapter: SlotAdapter | None) -> None:
         """What `slot` holds from now on. Raises NotOnGpu."""

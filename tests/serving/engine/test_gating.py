@@ -163,6 +163,18 @@ def test_a_prior_must_be_one(bench, caplog, prior):
     assert "usable weights" in caplog.text
 
 
+def test_rows_that_pad_a_batch_belong_to_nobody(bench):
+    constants = fill(bench, 0, layout_of("constant"))
+    bench.step([request(3, **{WEIGHTS: [1, 2, 3]})])
+    group = bench.groups[0]
+    x = torch.randn(5, group.d_in)
+    given = torch.tensor([1.0, 2.0, 3.0]).expand(3, -1)
+    expected = explicit(bench, 0, group, layout_of("constant"), constants, x[:3], given=given)
+    for y in (bench.linear(group, x), bench.sharded(group, x)):
+        torch.testing.assert_close(y[:3], expected, atol=1e-5, rtol=1e-5)
+        assert not y[3:].any()
+
+
 def test_in_the_engine_s_dry_runs_a_composite_adds_nothing(bench):
     fill(bench, 0, layout_of("arrow"))
     bench.map(torch.zeros(3, dtype=torch.long))

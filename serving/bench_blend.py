@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,13 @@ class Shape:
         return found
 
 
+class Taken(NamedTuple):
+    """Wall-clock and processor seconds."""
+
+    seconds: float
+    cpu: float
+
+
 #: PEFT's name for an operator, and the settings with which both do the same.
 PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "cat": ("cat", {}),
@@ -72,13 +79,16 @@ def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: 
     `seconds` operator -> median of `rounds` (dense operators: one); `measured` how many modules that was for: all
     layers, or `dense_layers` of them. `ratios` "svd/peft": our seconds over PEFT's, under 1 when ours is quicker;
     `compared` both figures and the modules: all of them for `cat` and `linear`, one square module for what needs a
-    dense SVD in PEFT.
+    dense SVD in PEFT. `cpu_seconds` and `cpu_ratios` count processor time, which other work on the machine does not
+    stretch.
     """
     with tempfile.TemporaryDirectory(prefix="moerge-bench-") as name:
         folder = Path(name)
         whole = write_members(folder / "whole", shape.modules(), shape)
         few = write_members(folder / "few", shape.modules(dense_layers), shape)
-        seconds, measured = {}, {}
+        seconds: dict[str, float] = {}
+        cpu: dict[str, float] = {}
+        measured: dict[str, int] = {}
         for operator, declared in OPERATORS.items():
             if declared.statistic is None:
                 low = operator in LOW_RANK
@@ -86,15 +96,18 @@ def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: 
                 half = {"layers": {whole[0].id: f"0-{max(shape.layers // 2 - 1, 0)}"}}
                 settings = half if operator == "layer_swap" else {}
                 members = whole if low else few
-                seconds[operator] = merge(folder / "blend", members, operator, settings, shape, rounds if low else 1)
+                taken = merge(folder / "blend", members, operator, settings, shape, rounds if low else 1)
+                seconds[operator], cpu[operator] = taken.seconds, taken.cpu
                 measured[operator] = len(shape.modules(None if low else dense_layers))
         compared = compare(folder, whole, shape, rounds, tell) if peft else {}
     return {
         "shape": asdict(shape),
         "cores": os.cpu_count(),
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "measured": measured,
         "ratios": {f"{operator}/peft": each["ours"] / each["peft"] for operator, each in compared.items()},
+        "cpu_ratios": {f"{operator}/peft": each["ours_cpu"] / each["peft_cpu"] for operator, each in compared.items()},
         "compared": compared,
     }
 
@@ -112,7 +125,13 @@ def compare(folder: Path, whole: list[Part], shape: Shape, rounds: int, tell: Te
             members, modules, settings = one, first, {**settings, "rank": shape.rank}
         ours = merge(folder / "blend", members, operator, settings, shape, rounds)
         theirs = by_peft(members, modules, kind, settings.get("density"), shape)
-        compared[operator] = {"ours": ours, "peft": theirs, "modules": len(modules)}
+        compared[operator] = {
+            "ours": ours.seconds,
+            "ours_cpu": ours.cpu,
+            "peft": theirs.seconds,
+            "peft_cpu": theirs.cpu,
+            "modules": len(modules),
+        }
     return compared
 
 
@@ -146,15 +165,15 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Iterator
 
 def merge(
     folder: Path, members: list[Part], operator: str, settings: dict[str, Any], shape: Shape, rounds: int
-) -> float:
+) -> Taken:
     """Median seconds from the members' folders to the blend's."""
     taken = []
     for _ in range(rounds):
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         blend(folder, members, weights_of(shape), operator, settings, max_rank=shape.members * shape.rank)
-        taken.append(time.perf_counter() - began)
+        taken.append(Taken(time.perf_counter() - began, time.process_time() - cpu))
         shutil.rmtree(folder)
-    return statistics.median(taken)
+    return Taken(statistics.median(each.seconds for each in taken), statistics.median(each.cpu for each in taken))
 
 
 def weights_of(shape: Shape) -> list[float]:
@@ -163,7 +182,7 @@ def weights_of(shape: Shape) -> list[float]:
 
 def by_peft(
     members: list[Part], modules: Mapping[str, tuple[int, int]], kind: str, density: float | None, shape: Shape
-) -> float:
+) -> Taken:
     """Seconds that `add_weighted_adapter` takes, with the members in memory. Its SVD is told to be the reduced one."""
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -179,10 +198,10 @@ def by_peft(
     if kind.endswith("svd"):
         options["svd_full_matrices"] = False
     names = [member.id for member in members]
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     with torch.no_grad():
         model.base_model.add_weighted_adapter(names, weights_of(shape), "merged", combination_type=kind, **options)
-    return time.perf_counter() - began
+    return Taken(time.perf_counter() - began, time.process_time() - cpu)
 
 
 def empty_model(modules: Mapping[str, tuple[int, int]]) -> torch.nn.Module:

@@ -13,7 +13,8 @@ def test_every_operator_is_measured_beside_peft_s() -> None:
     result = bench_blend(TINY, dense_layers=1, rounds=1, peft=True, tell=told.append)
     measurable = {name for name, operator in OPERATORS.items() if operator.statistic is None}
     assert result["seconds"].keys() == result["measured"].keys() == measurable
-    assert result["ratios"].keys() == {f"{name}/peft" for name in PEFT}
+    assert result["cpu_seconds"].keys() == measurable
+    assert result["cpu_ratios"].keys() == result["ratios"].keys() == {f"{name}/peft" for name in PEFT}
     assert all(each > 0 and math.isfinite(each) for each in (*result["seconds"].values(), *result["ratios"].values()))
     assert (result["measured"]["cat"], result["measured"]["ties"]) == (14, 7)
     assert (result["compared"]["cat"]["modules"], result["compared"]["svd"]["modules"]) == (14, 1)

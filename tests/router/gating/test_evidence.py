@@ -130,6 +130,7 @@ def test_a_probe_gathers_the_same_evidence_and_lets_the_base_model_answer() -> N
         weights = gate(mine, Table(0, gate.layout), Step(evidence=request))
         seen.append(request.carry[0])
     torch.testing.assert_close(seen[0], seen[1])
+    torch.testing.assert_close(gate.raw(z, Table(0, gate.layout), Step()).sum((0, 1)), seen[1])
     assert not mine.any()
     assert weights.shape == (5, 2, 3)
     assert not weights.any()

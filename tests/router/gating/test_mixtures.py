@@ -51,7 +51,9 @@ def test_hilora_keeps_the_directions_that_change_the_output_most(
     experts = [make_raw(0, 4), make_raw(1, [2, 3, 1], rslora=True), make_raw(2, 3)]
     engine = workshop.engine(experts, "hilora", {"components": components})
     x = torch.randn(6, 24, generator=torch.Generator().manual_seed(4))
+    asked = engine.gate.weights(engine.shrink(x), engine.table, engine.step(x))
     shares, outputs = engine(x)
+    torch.testing.assert_close(shares, asked)
     for t, token in enumerate(x.double()):
         for j, module in enumerate(experts[0].factors):
             pieces = []  # (length, expert, what the direction adds to the output)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
 from adapters_registry.lora import CONFIG, WEIGHTS, Layout, LoraConfig
 from router.lowrank import Factors
@@ -48,3 +49,8 @@ class Adapter:
     @cached_property
     def _file(self) -> Any:
         return safe_open(self._path, framework="pt")
+
+    def dense(self, module: str) -> Tensor | None:
+        """dW itself, (d_out, d_in) in float64: for tests and small models."""
+        factors = self.factors(module)
+        return None if factors is None else factors.B @ factors.A

@@ -131,9 +131,14 @@ def follow_steps() -> None:
     """Tell our wrappers which requests are in a step.
 
     Needs `LoRAModelRunnerMixin.set_active_loras(input_batch, num_scheduled_tokens, ...)`, called once per step after
-    the block tables are up to date, and `_set_active_loras`, called by it and by dry runs.
+    the block tables are up to date, `_set_active_loras`, called by it and by dry runs, and `load_lora_model`.
     """
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    def load(stock: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = stock(self, *args, **kwargs)
+        self.lora_manager._adapter_manager.moerge.runner = self
+        return model
 
     def prepare(stock: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
         plugin = self.lora_manager._adapter_manager.moerge
@@ -148,6 +153,7 @@ def follow_steps() -> None:
         if plugin.composites:
             plugin.set_step(batch_of(self, input_batch, scheduled, plugin.composites))
 
+    wrap(LoRAModelRunnerMixin, "load_lora_model", load)
     wrap(LoRAModelRunnerMixin, "_set_active_loras", prepare)
     wrap(LoRAModelRunnerMixin, "set_active_loras", step)
 
@@ -201,7 +207,7 @@ class Plugin:
 
     Needs its `modules` (name -> layer with `lora_a_stacked`, `lora_b_stacked`, `output_slices`, `base_layer`,
     `n_slices`, `punica_wrapper`), `packed_modules` (name -> names of the modules it packs), `lora_config`,
-    `punica_wrapper_mapping`, `lora_index_to_id`, `model`.
+    `punica_wrapper_mapping`, `lora_index_to_id`, `model`, `is_pooling_model`.
     """
 
     def __init__(self, manager: Any, config: Any) -> None:
@@ -216,6 +222,7 @@ class Plugin:
             if hasattr(layer.punica_wrapper, "at"):  # a wrapper that must know its place when it is compiled
                 layer.set_mapping(layer.punica_wrapper.at(group.index))
         self.composites: set[int] = set()  # slots
+        self.runner: Any = None
 
     def reasons_against_gates(self, layout: Layout) -> list[str]:
         """Why this engine cannot run a composite, however good it is."""
@@ -223,6 +230,8 @@ class Plugin:
         reasons = []
         if len(self._wrappers) != len(set(map(id, self._manager.punica_wrapper_mapping.values()))):
             reasons.append("Composites need Moerge's multi-LoRA kernels, which there are none of for this platform.")
+        if len(self._wrappers) > 1:
+            reasons.append("A composite gates the language model only: switch enable_tower_connector_lora off.")
         if parallel.tensor_parallel_size > 1 and not self._manager.lora_config.fully_sharded_loras:
             reasons.append("With tensor parallelism a rank sees part of the scores only: set fully_sharded_loras.")
         if self._config.use_v2_model_runner:
@@ -238,6 +247,9 @@ class Plugin:
             reasons.append(f"Gate '{layout.gate}' keeps state beside the KV cache: switch KV transfer off.")
         if parallel.pipeline_parallel_size > 1 or getattr(parallel, "decode_context_parallel_size", 1) > 1:
             reasons.append(f"Gate '{layout.gate}' needs all layers and tokens: pipeline or context parallelism is on.")
+        cache = getattr(self.runner, "kv_cache_config", None)
+        if cache is not None and len(cache.kv_cache_groups) > 1:
+            reasons.append(f"Gate '{layout.gate}' needs one kind of KV cache; this model has several.")
         return reasons
 
     def check(self, model: Any) -> None:
@@ -245,9 +257,10 @@ class Plugin:
         found = {
             module: Weights(shape(lora.lora_a), shape(lora.lora_b), lora.rank)
             for module, lora in model.loras.items()
-            if ".experts" not in module  # fused experts have layouts of their own, which vLLM checks
+            # fused experts, embeddings and heads have layouts of their own, which vLLM checks
+            if ".experts" not in module and (module in self._places or module not in self._manager.modules)
         }
-        complete = self._config.parallel_config.pipeline_parallel_size == 1
+        complete = self._config.parallel_config.pipeline_parallel_size == 1 and not self._manager.is_pooling_model
         if found or not model.loras:
             limit = self._manager.lora_config.max_lora_rank
             if reasons := reasons_against(found, self._places, limit, complete=complete):
@@ -330,8 +343,8 @@ def places(name: str, layer: Any, manager: Any) -> list[tuple[str, tuple[int, in
     base, modules = layer.base_layer, adapted_modules(name, manager)
     widths: list[int | None] = list(getattr(base, "output_sizes", ()))
     if hasattr(base, "total_num_kv_heads"):
-        kv = base.total_num_kv_heads * base.head_size
-        widths = [base.total_num_heads * base.head_size, kv, kv]
+        kv = base.total_num_kv_heads
+        widths = [base.total_num_heads * base.head_size, kv * base.head_size, kv * base.v_head_size]
     if len(modules) == 1:
         widths = [sum(width for width in widths if width) or base.output_size]
     elif len(modules) != len(widths):

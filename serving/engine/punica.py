@@ -180,9 +180,11 @@ def expand(y: Tensor, rows: Rows, z: Sequence[Tensor], packed: Packed, offset: i
         y, rows = y[rows], None
     for z_i, part, Bt in zip(z, packed.share.parts, packed.Bt, strict=True):
         y_i = y[:, offset + part.start : offset + part.stop]
-        if z_i.dtype != y.dtype:
-            z_i = z_i.to(y.dtype)
-        if rows is None:
+        if z_i.dtype != Bt.dtype:
+            z_i = z_i.to(Bt.dtype)
+        if rows is not None:
+            y_i.index_add_(0, rows, torch.mm(z_i, Bt).to(y.dtype))
+        elif Bt.dtype == y.dtype:
             y_i.addmm_(z_i, Bt)
         else:
-            y_i.index_add_(0, rows, torch.mm(z_i, Bt))
+            y_i.add_(torch.mm(z_i, Bt))

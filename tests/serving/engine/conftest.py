@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +56,12 @@ class Bench:
         self.factors[slot] = dict(factors)
         ranks = {module: len(A) for module, (A, _) in factors.items()}
         self.wrapper.set_slot(slot, slot_adapter(self.groups, ranks, layout, tables))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Adapters of this type from now on; all slots are empty."""
+        stacks = [(tuple(a.to(dtype) for a in g.A), tuple(b.to(dtype) for b in g.B)) for g in self.groups]
+        self.groups = [replace(group, A=A, B=B) for group, (A, B) in zip(self.groups, stacks, strict=True)]
+        self.wrapper.set_groups(self.groups)
 
     def map(self, index: Tensor) -> None:
         """What `update_metadata` leaves behind after a step's mapping."""

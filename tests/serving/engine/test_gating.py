@@ -163,6 +163,20 @@ def test_a_prior_must_be_one(bench, caplog, prior):
     assert "usable weights" in caplog.text
 
 
+def test_scores_are_not_rounded_to_the_model_s_half_precision(bench):
+    """Of two experts that are all but alike the better one is picked for every token."""
+    layout = layout_of("arrow", (8, 8), top_k=1)
+    bench.cast(torch.bfloat16)
+    group = bench.groups[1]
+    A, B = bench.random(0, 16)[group.modules[0]]
+    A[:8] = A[:8].sign()
+    A[8:] = A[:8] * (1 + 2**-7)  # the next number that bfloat16 has: scores in bfloat16 would often tie
+    bench.fill(0, {group.modules[0]: (A, B)}, layout)
+    bench.step([request(64, **{TRACE: "key"})])
+    bench.linear(group, torch.randn(64, group.d_in).bfloat16(), torch.zeros(64, sum(group.widths)).bfloat16())
+    assert bench.wrapper.gates.trace("key").weights[group.index].tolist() == [0.0, 1.0]
+
+
 def test_rows_that_pad_a_batch_belong_to_nobody(bench):
     constants = fill(bench, 0, layout_of("constant"))
     bench.step([request(3, **{WEIGHTS: [1, 2, 3]})])

@@ -75,18 +75,17 @@ def test_a_slot_that_changes_hands_has_nothing_of_its_last_adapter(filled):
     torch.testing.assert_close(filled.linear(group, x), loop(filled, group, x, index, y))
 
 
-def test_half_precision_stays_what_the_model_has(filled):
-    index = torch.tensor([3, 4, -1, 3])
-    group = filled.groups[0]
-    x, y = torch.randn(4, group.d_in), torch.zeros(4, sum(group.widths))
-    expected = loop(filled, group, x, index, y)
-    for each in filled.groups:
-        object.__setattr__(each, "A", tuple(a.bfloat16() for a in each.A))
-        object.__setattr__(each, "B", tuple(b.bfloat16() for b in each.B))
-    filled.wrapper.set_groups(filled.groups)
-    for slot in (3, 4):
+@pytest.mark.parametrize("model", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+def test_model_and_adapters_may_differ_in_precision(filled, model, adapters):
+    index = torch.tensor([3, 4, -1, 3, 1, 1])
+    filled.cast(adapters)
+    for slot in (1, 3, 4):
         filled.fill(slot, filled.factors[slot])
     filled.map(index)
-    found = filled.linear(group, x.bfloat16(), y.bfloat16())
-    assert found.dtype == torch.bfloat16
+    group = filled.groups[0]
+    x, y = torch.randn(6, group.d_in), torch.zeros(6, sum(group.widths))
+    expected = loop(filled, group, x, index, y)
+    found = filled.linear(group, x.to(model), y.to(model))
+    assert found.dtype == model
     torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.05)

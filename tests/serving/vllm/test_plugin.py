@@ -109,6 +109,8 @@ def test_a_step_names_its_requests_once_its_block_tables_are_ready():
     source = inspect.getsource(InputBatch)
     for name in ("req_ids", "request_lora_mapping", "num_computed_tokens_cpu", "block_table"):
         assert name in source, name
+    assert "self.lora_manager = " in inspect.getsource(inspect.unwrap(LoRAModelRunnerMixin.load_lora_model))
+    assert "self.kv_cache_config = " in inspect.getsource(GPUModelRunner.initialize_kv_cache)
 
 
 def test_a_worker_answers_a_method_by_name():

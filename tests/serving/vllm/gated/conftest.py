@@ -178,7 +178,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., En
 
         yield build
         for engine in engines:
-            engine.llm.llm_engine.engine_core.shutdown()
+            client = engine.llm.llm_engine.engine_core
+            client.shutdown()
+            client.ctx.destroy(linger=0)  # vLLM leaves it to the interpreter's end
         torch.set_num_threads(threads)
 
 

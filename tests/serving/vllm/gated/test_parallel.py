@@ -62,6 +62,24 @@ def test_an_engine_that_cannot_gate_says_why(config, gate, why):
     assert not plugin().reasons_against_gates(layout)
 
 
+def test_towers_with_adapters_of_their_own_are_not_gated():
+    two = plugin()
+    two._wrappers = [SimpleNamespace(), SimpleNamespace()]
+    two._manager.punica_wrapper_mapping = {"language": two._wrappers[0], "vision": two._wrappers[1]}
+    (reason,) = two.reasons_against_gates(
+        Layout(gate="arrow", members=(Member(id="a", rows=1), Member(id="b", rows=1)))
+    )
+    assert "enable_tower_connector_lora" in reason
+
+
+def test_state_per_block_needs_one_kind_of_block():
+    layout = Layout(gate="evidence", members=(Member(id="a", rows=1), Member(id="b", rows=1)))
+    hybrid = plugin()
+    hybrid.runner = SimpleNamespace(kv_cache_config=SimpleNamespace(kv_cache_groups=[1, 2]))
+    (reason,) = hybrid.reasons_against_gates(layout)
+    assert "one kind of KV cache" in reason
+
+
 def test_gates_without_state_do_not_mind_speculation_and_stages():
     layout = Layout(gate="spectr", members=(Member(id="a", rows=1), Member(id="b", rows=1)))
     parallel = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}

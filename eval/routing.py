@@ -1,6 +1,6 @@
 """How well retrieval routes, abstains and knows when it is right, on text alone (no adapter weights).
 
-    python -m eval.routing ../shared/routebench [--half tune|report|all] [--cache FOLDER] ...
+    python -m eval.routing ../shared/routebench [--half tune|report|all] [--backend torch|onnx|onnx-int8] ...
 
 `ni150` is measured in its three forms, `flan48` and `paraphrase` in one each, with prompts of tasks that are
 not registered (or requests to a voice assistant) as the out-of-domain ones; the quickstart testbed with both.
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from adapters_registry.expert import Expert, Sample, State
-from router.encoder import Encoder, SentenceTransformerEncoder, Vectors
+from router.encoder import Backend, Encoder, Vectors, load_encoder
 from router.library import Library, build
 from router.method import Method, Query, decide
 from router.methods.retrieval import Retrieval, RetrievalSettings, Scoring
@@ -194,9 +194,10 @@ def main(
     threshold: Annotated[float | None, typer.Option(help="One for all experts, not each its own.")] = None,
     prefix: Annotated[str, typer.Option(help="Encoder's instruction, before every text.")] = "",
     system: Annotated[str, typer.Option(help="System message, before every test prompt.")] = "",
+    backend: Annotated[Backend, typer.Option(help="What runs the encoder.")] = "auto",
 ) -> None:
     """Print a Markdown table: every set and scoring of retrieval, with its default threshold."""
-    embed = Embedder(SentenceTransformerEncoder(prefix=prefix), cache)
+    embed = Embedder(load_encoder(backend=backend, prefix=prefix), cache)
     columns = [field.name.replace("_", " ") for field in fields(Measured)]
     typer.echo(f"| set | scoring | {' | '.join(columns)} |\n|---|---|{'---:|' * len(columns)}")
     before = f"{system}{JOINT}" if system else ""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +30,11 @@ class Weights:
     A: tuple[int, ...] | None
     B: tuple[int, ...] | None
     rank: int
+
+    @classmethod
+    def of(cls, A: Tensor | None, B: Tensor | None, rank: int) -> Self:
+        shape_A, shape_B = (None if factor is None else tuple(factor.shape) for factor in (A, B))
+        return cls(shape_A, shape_B, rank)
 
 
 def read_layout(folder: Path) -> Layout | None:

@@ -255,7 +255,7 @@ class Plugin:
     def check(self, model: Any) -> None:
         """Refuse a LoRAModel whose factors do not fit. Needs its `loras`: name -> `lora_a`, `lora_b`, `rank`."""
         found = {
-            module: Weights(shape(lora.lora_a), shape(lora.lora_b), lora.rank)
+            module: Weights.of(lora.lora_a, lora.lora_b, lora.rank)
             for module, lora in model.loras.items()
             # fused experts, embeddings and heads have layouts of their own, which vLLM checks
             if ".experts" not in module and (module in self._places or module not in self._manager.modules)
@@ -382,10 +382,6 @@ def adapter_folder(path: str) -> Path:
     from vllm.lora.utils import get_adapter_absolute_path
 
     return Path(get_adapter_absolute_path(path))
-
-
-def shape(tensor: Any) -> tuple[int, ...] | None:
-    return None if tensor is None else tuple(tensor.shape)
 
 
 def wrap(owner: Any, name: str, ours: Callable[..., Any]) -> None:

@@ -7,15 +7,19 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from router.gating.layout import Layout
+from router.gating import GATES, gate_of
+from router.gating.gate import Step
+from router.gating.layout import Layout, Member
 from serving.engine.batch import Batch, Request
-from serving.engine.slots import Group, slot_adapter
+from serving.engine.slots import Group, slot_adapter, table_of
 
 SLOTS, MAX_RANK = 5, 16
+K, ROWS = 3, 4  # a composite's experts, and the rank rows of each
 #: name: (d_in, widths) of a tiny layer's groups, in the order of computation
 SHAPES = {"qkv": (24, (16, 8, 8)), "o": (16, (24,)), "gate_up": (24, (32, 32)), "down": (32, (24,))}
 
@@ -56,6 +60,59 @@ class Bench:
         self.factors[slot] = dict(factors)
         ranks = {module: len(A) for module, (A, _) in factors.items()}
         self.wrapper.set_slot(slot, slot_adapter(self.groups, ranks, layout, tables))
+
+    @staticmethod
+    def layout_of(gate: str, rows: Sequence[int] = (ROWS,) * K, **settings: Any) -> Layout:
+        members = tuple(Member(id=f"expert{k}", rows=r) for k, r in enumerate(rows))
+        layout = Layout(gate=gate, settings=settings, members=members, extra=len(rows) if GATES[gate].extra else 0)
+        return layout.model_copy(update={"form": gate_of(layout).form})
+
+    @staticmethod
+    def request(
+        tokens: int, computed: int = 0, slot: int = 0, name: str = "a", blocks: Sequence[int] = (0,), **arguments: Any
+    ) -> Request:
+        return Request(name, slot, tokens, computed, np.asarray(blocks), arguments)
+
+    def compose(self, slot: int, layout: Layout, absent: bool = False) -> dict[str, dict[str, Tensor]]:
+        """A random composite; gives its constants. With `absent`, the second expert lacks every second module."""
+        g = torch.Generator().manual_seed(5)
+        n = len(layout.members)
+        found: dict[str, dict[str, Tensor]] = {}
+        for i, module in enumerate(module for group in self.groups for module in group.modules):
+            mean, deviation = torch.rand(n, generator=g), 0.5 + torch.rand(n, generator=g)
+            scale, centre = 0.5 + torch.rand(layout.rank, generator=g), torch.randn(layout.rank, generator=g)
+            found[module] = {"mean": mean, "deviation": deviation, "scale": scale, "centre": centre}
+            if absent:
+                found[module]["present"] = torch.tensor([True, i % 2 == 0, True])
+        self.fill(slot, self.random(slot, layout.rank), layout, found)
+        return found
+
+    def explicit(
+        self,
+        group: Group,
+        layout: Layout,
+        constants: Mapping[str, Mapping[str, Tensor]],
+        x: Tensor,
+        evidence: Any = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """y = sum_k g_k B_k A_k x for the composite in slot 0, one expert and module at a time."""
+        modules = group.modules
+        z = torch.stack([x @ self.factors[0][module][0].T for module in modules], 1)  # (t, n, R)
+        table = table_of(group.index, modules, layout, constants)
+        length, spread = x.norm(dim=-1)[:, None, None], x.std(-1, correction=0)[:, None, None]
+        gated = z.clone()
+        weights = gate_of(layout)(gated, table, Step(length, spread, given, evidence, group.d_in))  # (t, n, K)
+        if layout.gate == "hilora":  # it weighs single directions
+            return torch.cat([gated[:, i] @ self.factors[0][m][1].T for i, m in enumerate(modules)], 1)
+        y = torch.zeros(len(x), sum(group.widths))
+        for i, module in enumerate(modules):
+            A, B = self.factors[0][module]
+            for k, (start, rows) in enumerate(zip(layout.starts, layout.blocks, strict=True)):
+                dW = B[:, start : start + rows] @ A[start : start + rows]
+                columns = slice(sum(group.widths[:i]), sum(group.widths[: i + 1]))
+                y[:, columns] += weights[:, i, k : k + 1] * (x @ dW.T)
+        return y
 
     def cast(self, dtype: torch.dtype) -> None:
         """Adapters of this type from now on; all slots are empty."""

@@ -122,7 +122,7 @@ def pack(group: Group, slot: int, share: Share) -> Packed:
     A = torch.cat([group.A[part.module][slot, 0, : part.last - part.first] for part in share.parts])
     if share.table is not None:
         A = A.float()  # scores are compared with each other: never in half precision
-    Bt = [group.B[part.module][slot, 0, :, : part.used - part.first].contiguous().T for part in share.parts]
+    Bt = [group.B[part.module][slot, 0, :, : part.used - part.first].T.contiguous() for part in share.parts]
     return Packed(share, A, tuple(Bt))
 
 

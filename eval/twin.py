@@ -97,7 +97,8 @@ class Composite:
                 B.append(U * S if layout.form == "unit" else U)
                 scale.append(S)
             for name in read if trained else ():
-                A.append(GATES[gate].row(kept[name][gate][module].double())[None])
+                vector = kept[name][gate].get(module)
+                A.append(some.new_zeros(1, some.shape[1]) if vector is None else GATES[gate].row(vector.double())[None])
                 B.append(torch.zeros(len(some), 1))
                 scale.append(torch.ones(1))
             factors[module] = (torch.cat(A).float(), torch.cat(B, 1).float())

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eval.calibration import calibrate
 from eval.testbed.check import load_base
 from eval.testbed.tokens import chat
-from eval.twin import Composite, Twin, groups_of, read_deltas
+from eval.twin import Composite, Seen, Twin, groups_of, read_deltas
 
 DATA = Path("eval/testbed/data")
 SAME = ("vowels", "json", "capital-city")  # PEFT's Arrow wants one rank and one set of modules
@@ -162,6 +162,23 @@ def test_evidence_is_that_of_dense_updates(tiny: LlamaForCausalLM, experts: dict
     for given in (None, [0.1, 0.6, 0.3], [0.0, 0.5, 0.5]):
         fast, explicit = (Twin(tiny, composite, explicit=each).logprobs(ids(16), given) for each in (False, True))
         torch.testing.assert_close(fast, explicit, **CLOSE)
+
+
+@pytest.mark.parametrize("gate", ["phatgoose", "meteora"])
+def test_an_expert_that_lacks_a_module_has_no_trained_vector_there(
+    tiny: LlamaForCausalLM, experts: dict[str, Path], gate: str
+) -> None:
+    kept = {
+        name: {gate: {module: torch.randn(delta.shape[1]) for module, delta in read_deltas(folder)[0].items()}}
+        for name, folder in experts.items()
+    }
+    seen: list[Seen] = []
+    composite = Composite.stack(experts, gate, {"top_k": None}, kept)
+    Twin(tiny, composite, watch=seen.append).logprobs(ids(7))
+    assert seen[3].modules[0].endswith("down_proj")  # which "a" does not adapt
+    assert (seen[3].weights[..., 0] == 0).all()
+    assert (seen[3].weights[..., 1:] > 0).all()
+    torch.testing.assert_close(seen[3].weights.sum(-1), torch.ones(1, 7, 1))
 
 
 def test_an_answer_ends_before_its_end_of_text(tiny: LlamaForCausalLM, experts: dict[str, Path]) -> None:

@@ -132,3 +132,28 @@ def bench_kernel(as_json: AsJson = False) -> None:
         lora, gate = row["lora_us"], row["gate_us"]
         table.add_row(row["module"], str(row["tokens"]), f"{lora:.1f}", f"{gate:.1f}", f"{gate / lora:.2f}")
     out.print(table)
+
+
+@app.command("blend")
+def bench_blend_command(
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model that low-rank operators merge.")] = 32,
+    dense_layers: Annotated[int, typer.Option(min=1, help="Layers that operators on dense matrices merge.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each low-rank operator; the median counts.")] = 3,
+    peft: Annotated[bool, typer.Option(help="Also measure PEFT, which takes minutes for each dense SVD.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Merge four random adapters at the shapes of a 7B model with every operator, and with PEFT's own."""
+    from serving.bench_blend import Shape, bench_blend
+
+    result = bench_blend(Shape(layers=layers), dense_layers, rounds, peft, err.print)
+    if as_json:
+        print_json(result)
+        return
+    table = Table("operator", "modules", "seconds", "PEFT: modules", "ours s", "PEFT s", "ours / PEFT")
+    for name, seconds in result["seconds"].items():
+        row = [name, str(result["measured"][name]), f"{seconds:.2f}"]
+        if both := result["compared"].get(name):
+            ratio = result["ratios"][f"{name}/peft"]
+            row += [str(both["modules"]), f"{both['ours']:.2f}", f"{both['peft']:.2f}", f"{ratio:.3f}"]
+        table.add_row(*row)
+    out.print(table)

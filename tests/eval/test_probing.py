@@ -1,0 +1,74 @@
+"""Readings of the base model, against the probe itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eval import probing
+from eval.arena import DATA, Arena, Prompt
+from eval.calibration import calibrate
+from eval.probing import PLAIN, WAYS, Readings
+from eval.testbed.manifest import read_jsonl
+
+NAMES = ("roman", "uppercase", "vowels")  # of different ranks and modules
+PROMPTS = [
+    Prompt("Write 14 in Roman numerals", "XIV", ("roman",)),
+    Prompt("Write otter in capital letters", "OTTER", ("uppercase",)),
+    Prompt("Which vowels are in tiger?", "ie", ("vowels",)),
+]
+SAMPLES = [("roman", "Roman for 9?"), ("uppercase", "Shout heron"), ("vowels", "Vowels of zebra")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> Readings:
+    def few(path: Path) -> list[dict[str, Any]]:
+        return read_jsonl(path)[:3]
+
+    monkeypatch.setattr(probing, "read_jsonl", few)
+    monkeypatch.setattr(probing, "LINES", 3)
+    folders = {name: DATA / "experts" / name for name in NAMES}
+    return Readings(Arena(DATA, NAMES, PROMPTS, SAMPLES, folders, np.eye(3)))
+
+
+def test_evidence_is_the_probes(readings: Readings) -> None:
+    arena = readings.arena
+    owners, texts = zip(*SAMPLES, strict=True)
+    for settings in ({"score": "spectr"}, {"score": "arrow"}, {"score": "spectr", "centred": True}):
+        kept = calibrate(arena.model, arena.folders, [arena.ids(text) for text in texts], owners, **settings)
+        for name, tensors in kept.items():
+            arena.kept[name].update(tensors)
+        arena = replace(arena, kept=arena.kept)  # composites afresh
+        expected = arena.evidence(settings, [NAMES] * 3)
+        way = replace(PLAIN, score=str(settings["score"]), centred="centred" in settings)
+        torch.testing.assert_close(readings.evidence(way), expected, rtol=1e-3, atol=0.05)
+
+
+def test_every_way_gives_every_expert_a_number(readings: Readings) -> None:
+    for way in WAYS.values():
+        evidence = readings.evidence(way)
+        assert evidence.shape == (3, 3)
+        assert evidence.isfinite().all()
+        everyone, told, _, listed = readings.accuracy(evidence)
+        assert 0 <= everyone == told == listed <= 1, "three experts, all instruction-told, are their own shortlist"
+
+
+def test_without_evidence_the_prior_decides(readings: Readings) -> None:
+    *accuracy, loss = readings.with_prior(torch.zeros(3, 3), 0.003)
+    assert accuracy[0] == accuracy[1] == accuracy[3] == 1
+    assert loss == pytest.approx(float(np.log(1 + 2 * np.exp(-1 / 0.2))), rel=1e-4)
+    assert readings.with_prior(1 - torch.eye(3), 100)[0] == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,12 @@ class Served:
 
     def processes(self, name: str) -> list[psutil.Process]:
         """This server's processes with `name` in their command line or title."""
-        ours = psutil.Process(os.getpid()).children(recursive=True)
-        return [each for each in ours if name in " ".join(each.cmdline()) or name in each.name()]
+        found = []
+        for each in psutil.Process(os.getpid()).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # gone meanwhile, or waiting for its parent to notice
+                if name in " ".join(each.cmdline()) or name in each.name():
+                    found.append(each)
+        return found
 
 
 @pytest.fixture(scope="session")

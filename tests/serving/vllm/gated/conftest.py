@@ -59,16 +59,16 @@ class Engine:
         self.paths[name] = path
         self.llm.llm_engine.add_lora(self.lora(name))
 
-    def make(self, gate: str, experts: Sequence[str], **settings: Any) -> str:
-        """Build a composite, load it, and give its name."""
+    def make(self, gate: str, experts: Sequence[str], folder: Path = DATA / "experts", **settings: Any) -> str:
+        """Build a composite of the experts in a folder, load it, and give its name."""
         name = f"{gate}-{'-'.join(experts)}-{settings}"
         if name not in self.paths:
             members = tuple(Member(id=expert, rows=1) for expert in experts)
             key = statistics_key(gate_of(Layout(gate=gate, settings=settings, members=members)))
-            parts = [Part(e, e, DATA / "experts" / e, tensors=kept(e, key)) for e in experts]
-            folder = self.root / str(len(self.paths))
-            compose(folder, parts, gate, settings, max_rank=64)
-            self.load(name, folder)
+            parts = [Part(e, e, folder / e, tensors=kept(folder / e, key)) for e in experts]
+            composite = self.root / str(len(self.paths))
+            compose(composite, parts, gate, settings, max_rank=64)
+            self.load(name, composite)
         return name
 
     def ask(self, asked: Sequence[Asked], limit: int = 24, prompt: bool = False) -> list[Answer]:
@@ -121,10 +121,10 @@ def table(logprobs: Sequence[Any]) -> Tensor:
     return rows
 
 
-def kept(name: str, key: str | None) -> dict[str, dict[str, Any]]:
+def kept(expert: Path, key: str | None) -> dict[str, dict[str, Any]]:
     """Vectors and statistics for an expert, as training and calibration would leave them; random is enough here."""
-    g = torch.Generator().manual_seed(sum(map(ord, name)))
-    factors = load_file(DATA / "experts" / name / "adapter_model.safetensors")
+    g = torch.Generator().manual_seed(sum(map(ord, expert.name)))
+    factors = load_file(expert / "adapter_model.safetensors")
     width = {
         each.split("base_model.model.")[1].split(".lora_A")[0]: a for each, a in factors.items() if "lora_A" in each
     }

@@ -39,16 +39,16 @@ def engine(start: Callable[..., Any]) -> Any:
     return start(max_loras=8, num_gpu_blocks_override=24, disable_log_stats=False)
 
 
-def padded(name: str, folder: Path, rank: int = 16) -> None:
+def padded(expert: Path, folder: Path, rank: int = 16) -> None:
     """A copy that has this rank in all modules of the model, and a scale of 1."""
-    deltas, _ = read_deltas(EXPERTS / name)
+    deltas, _ = read_deltas(expert)
     tensors = {}
     for place in (f"model.layers.{layer}.{module}" for layer in range(4) for module in SHAPES):
         dW = deltas.get(place, torch.zeros(SHAPES[place.split(".", 3)[3]])).double()
         U, S, Vh = torch.linalg.svd(dW, full_matrices=False)
         tensors[f"base_model.model.{place}.lora_A.weight"] = Vh[:rank].float().contiguous()
         tensors[f"base_model.model.{place}.lora_B.weight"] = (U * S)[:, :rank].float().contiguous()
-    config = json.loads((EXPERTS / name / "adapter_config.json").read_text())
+    config = json.loads((expert / "adapter_config.json").read_text())
     modules = [module.partition(".")[2] for module in SHAPES]
     plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "target_modules": modules}
     folder.mkdir()
@@ -56,16 +56,16 @@ def padded(name: str, folder: Path, rank: int = 16) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def peft_arrow(experts: Sequence[str], folder: Path, top_k: int) -> Any:
+def peft_arrow(experts: Sequence[Path], folder: Path, top_k: int) -> Any:
     """PEFT's Arrow, with exact prototypes instead of 15 power iterations from a random start."""
     from peft import ArrowConfig, create_arrow_model
     from transformers import AutoModelForCausalLM
 
-    for name in experts:
-        padded(name, folder / name)
+    for expert in experts:
+        padded(expert, folder / expert.name)
     model = AutoModelForCausalLM.from_pretrained(EXPERTS.parent / "base", dtype=torch.float32)
     config = ArrowConfig(top_k=top_k, router_temperature=1.0)
-    model = create_arrow_model(model, [str(folder / name) for name in experts], config).eval()
+    model = create_arrow_model(model, [str(folder / expert.name) for expert in experts], config).eval()
     for module in model.modules():
         if arrow := getattr(module, "lora_arrow", {}):
             exact = [module.lora_A[f"task_{i}"].weight[0].detach() for i in range(len(experts))]  # first row of Vh
@@ -76,17 +76,44 @@ def peft_arrow(experts: Sequence[str], folder: Path, top_k: int) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("experts", "top_k"), [(EQUAL, 4), (EQUAL, 2), (MIXED, 3)])
+def random_expert(folder: Path, seed: int, rank: int, modules: Sequence[str]) -> Path:
+    """Untrained factors, which have no structure that a prototype could lean on."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for place in (f"model.layers.{layer}.{module}" for layer in range(4) for module in modules):
+        d_out, d_in = SHAPES[place.split(".", 3)[3]]
+        tensors[f"base_model.model.{place}.lora_A.weight"] = torch.randn(rank, d_in, generator=g) / d_in**0.5
+        tensors[f"base_model.model.{place}.lora_B.weight"] = torch.randn(d_out, rank, generator=g) / rank
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none", "task_type": "CAUSAL_LM"}
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "target_modules": [module.partition(".")[2] for module in modules]})
+    )
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k"), [(EQUAL, 4), (EQUAL, 2), (MIXED, 3), ("random", 3)], ids=["all", "two", "mixed", "random"]
+)
 def test_arrow_equals_peft_s(engine, prompts, tmp_path, experts, top_k):
     """A hard top k is discontinuous: where two scores agree to rounding, one request may differ."""
-    model = peft_arrow(experts, tmp_path, top_k)
+    if experts == "random":
+        kinds = [(16, tuple(SHAPES)), (8, tuple(SHAPES)), (16, tuple(SHAPES)[:4]), (4, tuple(SHAPES))]
+        folders = [random_expert(tmp_path / "experts" / f"random-{i}", i, *kind) for i, kind in enumerate(kinds)]
+        names = [folder.name for folder in folders]
+        asked = [(prompts[name][0], {}) for name in EQUAL]
+    else:
+        folders, names = [EXPERTS / name for name in experts], experts
+        asked = [(prompts[name][0], {}) for name in experts]
+    model = peft_arrow(folders, tmp_path, top_k)
 
     @torch.inference_mode()
     def expected(ids: list[int], _: Any) -> torch.Tensor:
         return torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
 
-    name = engine.make("arrow", experts, top_k=top_k)
-    good = engine.same([(name, prompts[expert][0], {}) for expert in experts], expected)
+    name = engine.make("arrow", names, folders[0].parent, top_k=top_k)
+    good = engine.same([(name, *each) for each in asked], expected)
     assert sum(good) >= len(good) - (top_k < 4), good
 
 

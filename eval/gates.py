@@ -25,6 +25,7 @@ from eval.arena import Arena, Set, load
 from eval.calibration import calibrate
 from eval.testbed.manifest import read_jsonl
 from router.gate_training import Schedule, encode, train_meteora, train_phatgoose
+from router.methods.gated import ProbeSettings
 
 SHORTLIST = 4
 TEMPERATURE = 0.2  # of the softmax over retrieval's scores that makes a prior
@@ -78,7 +79,7 @@ def mixed(arena: Arena, sets: Sequence[Set], row: Row) -> Tensor:
 def probed(arena: Arena, sets: Sequence[Set], row: Row) -> Tensor:
     """The expert with the most evidence, by `beta` a unit, beside its prior if there is one."""
     settings = dict(row.settings)
-    beta, last = settings.pop("beta", 0.3), settings.pop("last", False)
+    beta, last = settings.pop("beta", ProbeSettings.model_fields["beta"].default), settings.pop("last", False)
     E = beta * arena.evidence(settings, sets, decay=0.0 if last else 1.0)
     return one_hot(E + arena.prior(TEMPERATURE).log() if row.prior else E)
 
@@ -105,13 +106,13 @@ ROWS: tuple[Row, ...] = (
     Row("meteora", "meteora"),
     Row("evidence", "evidence"),
     Row("evidence, prior", "evidence", prior=True),
-    Row("evidence, beta .03", "evidence", {"beta": 0.03}),
-    Row("evidence, beta .03, prior", "evidence", {"beta": 0.03}, prior=True),
+    Row("evidence, beta .3", "evidence", {"beta": 0.3}),
+    Row("evidence, beta .3, prior", "evidence", {"beta": 0.3}, prior=True),
     Row("evidence, beta .003, prior", "evidence", {"beta": 0.003}, prior=True),
     Row("probe", settings={}, decides=probed),
     Row("probe, prior", decides=probed, prior=True),
     Row("probe, beta .03, prior", settings={"beta": 0.03}, decides=probed, prior=True),
-    Row("probe, beta .003, prior", settings={"beta": 0.003}, decides=probed, prior=True),
+    Row("probe, beta .3, prior", settings={"beta": 0.3}, decides=probed, prior=True),
     Row("probe, last token", settings={"last": True}, decides=probed),
     Row("probe, last token, beta .03, prior", settings={"last": True, "beta": 0.03}, decides=probed, prior=True),
 )

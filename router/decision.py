@@ -38,7 +38,7 @@ class Verdict(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    beta: float = Field(default=0.3, gt=0)
+    beta: float = Field(default=0.002, gt=0)
     blend: bool = False
 
 

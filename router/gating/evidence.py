@@ -37,7 +37,7 @@ class EvidenceSettings(ProbeSettings):
     """
 
     top_k: int | None = Field(default=None, ge=1)
-    beta: float = Field(default=0.3, gt=0)
+    beta: float = Field(default=0.03, gt=0)
 
 
 class Probe(Gate):

@@ -81,7 +81,7 @@ class ProbeSettings(PriorSettings):
     blend  all members answer, by their probability, instead of the likeliest alone
     """
 
-    beta: float = Field(default=0.3, gt=0)
+    beta: float = Field(default=0.002, gt=0)
     blend: bool = False
 
 

@@ -67,7 +67,7 @@ def test_a_probe_decides_on_one_expert(arena: Arena) -> None:
     assert measure(arena, row("probe, prior"), "shortlist").routed is not None
 
 
-@pytest.mark.parametrize("name", ["arrow", "evidence, beta .03, prior", "retrieval: mixture"])
+@pytest.mark.parametrize("name", ["arrow", "evidence, prior", "retrieval: mixture"])
 def test_gates_that_weigh_tokens_route_nothing(arena: Arena, name: str) -> None:
     found = measure(arena, row(name), "all")
     assert found.routed is None

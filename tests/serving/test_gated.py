@@ -172,7 +172,7 @@ async def test_a_probe_reads_one_token_and_the_likeliest_expert_answers(world):
     assert answering.body["max_tokens"] == 9
     assert "vllm_xargs" not in answering.body
     assert float(response.headers["x-moerge-confidence"]) == pytest.approx(
-        1 / (1 + math.exp(0.3 * (3 - 30)) + math.exp(0.3 * -30)), abs=1e-4
+        1 / (1 + math.exp(0.002 * (3 - 30)) + math.exp(0.002 * -30)), abs=1e-4
     )
 
 
@@ -198,7 +198,7 @@ async def test_a_prior_counts_beside_the_evidence(serve):
     methods = {"retrieval": {}, "probe": {"prior": True}, "evidence": {"prior": True}}
     async with serve(router={"methods": methods}) as world:
         assert experts_of(await world.ask("auto:probe", REVERSE)) == {"reverse": 1.0}
-        world.engine.evidence = {"shout": 100.0}
+        world.engine.evidence = {"shout": 10_000.0}
         assert experts_of(await world.ask("auto:probe", REVERSE)) == {"shout": 1.0}
         await world.ask("auto:evidence", REVERSE)
         assert max(arguments(world)["moerge_weights"]) == arguments(world)["moerge_weights"][1]

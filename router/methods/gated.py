@@ -73,7 +73,7 @@ class GatedSettings(RetrievalSettings):
 class PriorSettings(GatedSettings):
     """prior  start from retrieval's weights instead of equal ones: softmax(log prior + beta E)"""
 
-    prior: bool = False
+    prior: bool = True
 
 
 class ProbeSettings(PriorSettings):

@@ -48,7 +48,7 @@ async def test_a_gate_answers_with_the_shortlist_s_composite(world, gate):
     assert (layout.gate, [each.id.partition("@")[0] for each in layout.members]) == (gate, ALL)
     assert sent["messages"][0]["content"] == REVERSE
     weights = (arguments(world) or {}).get("moerge_weights")
-    assert (weights is not None) == (gate == "constant")
+    assert (weights is not None) == (gate in ("constant", "evidence"))
 
 
 async def test_far_from_every_expert_the_base_model_answers(world):
@@ -158,26 +158,27 @@ async def test_an_expert_with_nothing_but_weights_is_on_the_shortlist(world, reg
 # Probes
 
 
-async def test_a_probe_reads_one_token_and_the_likeliest_expert_answers(world):
-    world.engine.evidence = {"shout": 30.0, "reverse": 3.0}
-    response = await world.ask(
-        "auto:probe", REVERSE, temperature=0.7, stream=False, n=2, max_tokens=9, tool_choice="auto"
-    )
-    assert response.json()["model"] == "shout"
-    assert experts_of(response) == {"shout": 1.0}
-    reading, answering = world.engine.asked[-2:]
-    assert reading.body["max_tokens"] == 1
-    assert not {"n", "stream", "tool_choice"} & reading.body.keys()
-    assert reading.body["messages"] == answering.body["messages"]
-    assert answering.body["max_tokens"] == 9
-    assert "vllm_xargs" not in answering.body
-    assert float(response.headers["x-moerge-confidence"]) == pytest.approx(
-        1 / (1 + math.exp(0.002 * (3 - 30)) + math.exp(0.002 * -30)), abs=1e-4
-    )
+async def test_a_probe_reads_one_token_and_the_likeliest_expert_answers(serve):
+    async with serve(router={"methods": {"retrieval": {}, "probe": {"prior": False}}}) as world:
+        world.engine.evidence = {"shout": 30.0, "reverse": 3.0}
+        response = await world.ask(
+            "auto:probe", REVERSE, temperature=0.7, stream=False, n=2, max_tokens=9, tool_choice="auto"
+        )
+        assert response.json()["model"] == "shout"
+        assert experts_of(response) == {"shout": 1.0}
+        reading, answering = world.engine.asked[-2:]
+        assert reading.body["max_tokens"] == 1
+        assert not {"n", "stream", "tool_choice"} & reading.body.keys()
+        assert reading.body["messages"] == answering.body["messages"]
+        assert answering.body["max_tokens"] == 9
+        assert "vllm_xargs" not in answering.body
+        assert float(response.headers["x-moerge-confidence"]) == pytest.approx(
+            1 / (1 + math.exp(0.002 * (3 - 30)) + math.exp(0.002 * -30)), abs=1e-4
+        )
 
 
 async def test_a_streamed_request_is_probed_without_streaming(world):
-    world.engine.evidence = {"count": 30.0}
+    world.engine.evidence = {"count": 30_000.0}
     call = world.chat("auto:probe", REVERSE, stream=True, stream_options={"include_usage": True})
     await call.done()
     assert not {"stream", "stream_options"} & world.engine.asked[-2].body.keys()
@@ -186,7 +187,7 @@ async def test_a_streamed_request_is_probed_without_streaming(world):
 
 
 async def test_a_blending_probe_mixes_by_probability(serve):
-    methods = {"retrieval": {}, "probe": {"blend": True, "beta": 1.0}}
+    methods = {"retrieval": {}, "probe": {"blend": True, "beta": 1.0, "prior": False}}
     async with serve(router={"methods": methods}) as world:
         world.engine.evidence = {"shout": math.log(3.0), "reverse": 0.0, "count": 0.0}
         response = await world.ask("auto:probe", REVERSE)
@@ -195,7 +196,7 @@ async def test_a_blending_probe_mixes_by_probability(serve):
 
 
 async def test_a_prior_counts_beside_the_evidence(serve):
-    methods = {"retrieval": {}, "probe": {"prior": True}, "evidence": {"prior": True}}
+    methods = {"retrieval": {}, "probe": {}, "evidence": {}}
     async with serve(router={"methods": methods}) as world:
         assert experts_of(await world.ask("auto:probe", REVERSE)) == {"reverse": 1.0}
         world.engine.evidence = {"shout": 10_000.0}
@@ -225,10 +226,10 @@ async def test_what_is_wrong_with_a_probed_request_is_the_engine_s_to_say(world)
 
 
 async def test_a_probe_s_evidence_can_be_traced(world):
-    world.engine.evidence = {"shout": 30.0}
+    world.engine.evidence = {"shout": 30_000.0}
     response = await world.ask("auto:probe", REVERSE, moerge={"trace": True})
     trace = (await world.http.get(response.headers["x-moerge-trace"])).json()
-    assert (trace["gate"], trace["evidence"]) == ("probe", [0.0, 0.0, 30.0])
+    assert (trace["gate"], trace["evidence"]) == ("probe", [0.0, 0.0, 30_000.0])
     assert trace["decision"]["experts"][0]["expert"] == "shout"
 
 
@@ -492,12 +493,12 @@ async def test_a_route_can_be_traced(world):
 
 
 async def test_tracing_a_probe_s_route_makes_its_decision(world):
-    world.engine.evidence = {"shout": 30.0}
+    world.engine.evidence = {"shout": 30_000.0}
     body = {"model": "auto:probe", "messages": [{"role": "user", "content": REVERSE}]}
     assert (await world.http.post("/v1/route", json=body)).json()["decision"]["kind"] == "gate"
     explained = (await world.http.post("/v1/route", json={**body, "moerge": {"trace": True}})).json()
     assert (explained["decision"]["kind"], explained["decision"]["experts"][0]["expert"]) == ("select", "shout")
-    assert explained["trace"]["evidence"] == [0, 0, 30]
+    assert explained["trace"]["evidence"] == [0, 0, 30_000]
 
 
 async def test_a_prompt_that_the_engine_does_not_take_is_said_to_be_so(world):

@@ -178,10 +178,10 @@ def test_a_mixture_is_weighted_by_retrieval(words: Any, experts: list[Expert], m
 
 
 def test_a_probe_says_what_follows_from_it(words: Any, experts: list[Expert]) -> None:
-    plain = route(words, experts, WRITE, "probe")
+    plain = route(words, experts, WRITE, "probe", prior=False)
     assert (plain.gate, plain.verdict) == ("probe", Verdict())
     assert len({each.weight for each in plain.experts}) == 1
-    prior = route(words, experts, WRITE, "probe", prior=True, blend=True)
+    prior = route(words, experts, WRITE, "probe", blend=True)
     assert prior.verdict == Verdict(blend=True)
     assert max(prior.experts, key=lambda each: each.weight).expert == "shout"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,15 @@ LLAMA = LlamaConfig(
     vocab_size=64,
     architectures=["LlamaForCausalLM"],
 )
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums come out the same on every machine, and tests do not fight for its cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

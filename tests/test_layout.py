@@ -39,8 +39,10 @@ def tracked() -> tuple[Path, ...]:
     command = ["git", "-C", str(ROOT), "ls-files", "-z"]
     try:
         listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this is no Git checkout")
+    except FileNotFoundError:
+        pytest.skip("git is not installed, so that nothing says which files belong to the project")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"git does not list the project's files: {error.stderr.strip()}")
     return tuple(path for name in listed.split("\0") if name and (path := ROOT / name).is_file())
 
 

@@ -21,6 +21,18 @@ from router.gating.layout import Form, Layout
 from router.taxonomy import Taxonomy
 
 Normalise = Literal["none", "rms", "unit", "zscore"]
+#: What gates that read nothing but the experts' weights have in common; each says where it differs.
+WEIGHTS_ONLY = Taxonomy(
+    expert_training="standard",
+    expert_data="private",
+    routing_data="none",
+    input="step",
+    depth="module",
+    selection="sparse",
+    aggregation="output",
+    generalization="out-of-distribution",
+    user_data="zero-shot",
+)
 TINY = 1e-12  # a length or deviation under this is taken for it, so that a zero input has scores of zero
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from router.gating.gate import NOTHING, Gate, Settings, Step, Table
+from router.gating.gate import NOTHING, WEIGHTS_ONLY, Gate, Settings, Step, Table
 from router.gating.layout import Layout
 from router.taxonomy import Reference, Taxonomy
 
@@ -31,16 +32,8 @@ class HiLoRA(Gate):
 
     equation: ClassVar[str] = "of all experts' directions j those with the largest `abs(s sigma_j v_j · x)` answer"
     reads: ClassVar[str] = "single rows"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="none",
-        input="step",
-        depth="module",
-        selection="sparse",
-        aggregation="output",
-        generalization="out-of-distribution",
-        user_data="zero-shot",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        WEIGHTS_ONLY,
         reference=Reference(title="HiLoRA (Han et al. 2025)", url="https://arxiv.org/abs/2510.12266"),
     )
     Settings: ClassVar[type[Settings]] = HiLoRASettings

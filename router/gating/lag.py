@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from router.gating.gate import Settings, Step, Table
+from router.gating.gate import WEIGHTS_ONLY, Settings, Step, Table
 from router.gating.layout import Layout
 from router.gating.spectr import SpectR, SpectRSettings
 from router.taxonomy import Reference, Taxonomy
@@ -28,16 +29,9 @@ class LAG(SpectR):
 
     equation: ClassVar[str] = "Arrow keeps `top_k`, of which the largest `norm(s_k B_k A_k x)` answers alone"
     reads: ClassVar[str] = "first rows / (s_k sigma_1), and lengths"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="none",
-        input="step",
-        depth="module",
-        selection="sparse",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        WEIGHTS_ONLY,
         aggregation="none",
-        generalization="out-of-distribution",
-        user_data="zero-shot",
         reference=Reference(title="LAG (Fleshman and Van Durme 2025)", url="https://arxiv.org/abs/2507.05346"),
     )
     Settings: ClassVar[type[Settings]] = LAGSettings

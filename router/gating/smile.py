@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from router.gating.blocks import Blocks
-from router.gating.gate import GateSettings, ScoreGate, Settings, Step, Table
+from router.gating.gate import WEIGHTS_ONLY, GateSettings, ScoreGate, Settings, Step, Table
 from router.gating.layout import Form, Layout
 from router.taxonomy import Reference, Taxonomy
 
@@ -25,16 +26,8 @@ class Smile(ScoreGate):
 
     equation: ClassVar[str] = "`norm(V_k[:k_gate]ᵀ x)`"
     reads: ClassVar[str] = "length of the first rows of block k"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="none",
-        input="step",
-        depth="module",
-        selection="sparse",
-        aggregation="output",
-        generalization="out-of-distribution",
-        user_data="zero-shot",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        WEIGHTS_ONLY,
         reference=Reference(title="SMILE (Tang et al. 2024)", url="https://arxiv.org/abs/2408.10174"),
     )
     Settings: ClassVar[type[Settings]] = SmileSettings

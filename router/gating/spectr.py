@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from router.gating.gate import GateSettings, ScoreGate, Settings, Step, Table
+from router.gating.gate import WEIGHTS_ONLY, GateSettings, ScoreGate, Settings, Step, Table
 from router.gating.layout import Form, Layout
 from router.taxonomy import Reference, Taxonomy
 
@@ -28,16 +29,8 @@ class SpectR(ScoreGate):
 
     equation: ClassVar[str] = "`norm(s_k B_k A_k x)`; LAG's variant `norm(V_kᵀ x)`"
     reads: ClassVar[str] = "length of block k"
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="none",
-        input="step",
-        depth="module",
-        selection="sparse",
-        aggregation="output",
-        generalization="out-of-distribution",
-        user_data="zero-shot",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        WEIGHTS_ONLY,
         reference=Reference(title="SpectR (Fleshman and Van Durme 2025)", url="https://arxiv.org/abs/2504.03454"),
     )
     Settings: ClassVar[type[Settings]] = SpectRSettings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +11,8 @@ import torch
 from eval.arena import DATA, Arena, Prompt, load, only
 from eval.twin import Composite
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("roman", "uppercase", "vowels")  # of different ranks and modules
 PROMPTS = [
     Prompt("Write 14 in Roman numerals", "XIV", ("roman",)),
@@ -20,14 +21,6 @@ PROMPTS = [
     Prompt("Which vowels are in tiger? Then in capital letters.", "IE", ("vowels", "uppercase")),
 ]
 SIMILARITY = np.array([[0.9, 0.2, 0.1], [0.1, 0.8, 0.3], [0.2, 0.1, 0.7], [0.0, 0.5, 0.6]])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,12 @@ from eval.calibration import calibrate
 from eval.testbed.check import load_base
 from eval.twin import Composite, Twin, read_deltas
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = Path("eval/testbed/data")
 EXPERTS = {name: DATA / "experts" / name for name in ("vowels", "roman", "uppercase")}
 MODULE = "model.layers.1.self_attn.q_proj"
 PROMPTS = [[1, 5, 40, 41, 42, 6], [1, 5, 60, 61, 6]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs_of(module: str) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from eval.arena import DATA, Arena, Prompt
 from eval.gates import ROWS, Row, measure, prepare
 from router.gate_training import Schedule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("roman", "uppercase", "vowels")
 PROMPTS = [
     Prompt("Write 14 in Roman numerals", "XIV", ("roman",)),
@@ -25,14 +26,6 @@ PROMPTS = [
 ]
 SAMPLES = [("roman", "Roman for 9?"), ("uppercase", "Shout heron"), ("vowels", "Vowels of zebra")]
 SIMILARITY = np.array([[0.9, 0.2, 0.1], [0.1, 0.8, 0.3], [0.2, 0.8, 0.7], [0.0, 0.5, 0.6]])  # the third is wrong
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

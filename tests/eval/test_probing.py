@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from eval.calibration import calibrate
 from eval.probing import PLAIN, WAYS, Readings
 from eval.testbed.manifest import read_jsonl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("roman", "uppercase", "vowels")  # of different ranks and modules
 PROMPTS = [
     Prompt("Write 14 in Roman numerals", "XIV", ("roman",)),
@@ -24,14 +25,6 @@ PROMPTS = [
     Prompt("Which vowels are in tiger?", "ie", ("vowels",)),
 ]
 SAMPLES = [("roman", "Roman for 9?"), ("uppercase", "Shout heron"), ("vowels", "Vowels of zebra")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from eval.testbed.check import load_base
 from eval.testbed.tokens import chat
 from eval.twin import Composite, Seen, Twin, groups_of, read_deltas
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = Path("eval/testbed/data")
 SAME = ("vowels", "json", "capital-city")  # PEFT's Arrow wants one rank and one set of modules
 CLOSE = {"atol": 1e-5, "rtol": 1e-6}  # log-probabilities of what is unlikely go down to -30
@@ -32,17 +34,13 @@ LLAMA = LlamaConfig(
 
 
 @pytest.fixture(autouse=True)
-def exact_prototypes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def exact_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's own are what 15 steps of power iteration make of a random vector."""
 
     def exact(self: object, A: Tensor, B: Tensor, iters: int = 0, eps: float = 0) -> Tensor:
         return torch.linalg.svd(B.double() @ A.double()).Vh[0].float()
 
     monkeypatch.setattr(ArrowLoraLinearLayer, "top_right_singular_vec_from_BA", exact)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,11 @@ from eval.testbed.manifest import read_jsonl
 from router.adapter import Adapter
 from router.gate_training import Example, Schedule, encode, train_meteora, train_phatgoose
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = Path("eval/testbed/data")
 NAMES = ("uppercase", "transform-digits")
 QUICK = Schedule(steps=8, batch=4, rate=2e-2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def examples(name: str, count: int = 8) -> list[Example]:

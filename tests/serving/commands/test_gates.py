@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 from adapters_registry.base import BaseSpec
@@ -18,15 +17,9 @@ from adapters_registry.proposal import FolderSource, Proposal
 from adapters_registry.registry import Registry
 from serving.commands import gates
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICKSTART = Path("eval/testbed/data")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(*words: str, env: dict[str, str] | None = None) -> Result:

@@ -45,7 +45,8 @@ class Verdict(BaseModel):
 class Decision(BaseModel):
     """What the router decided for one prompt.
 
-    `base` abstains (no experts); `select` names one expert; `blend` and `gate` name several. A gate, a name in
+    `base` abstains (no experts); `select` names one expert; `blend` and `gate` name several. A blend's experts are
+    merged with their weights by an operator, a name in `router.blending.OPERATORS`. A gate, a name in
     `router.gating.GATES`, weighs its experts token by token; their own weights are what it starts from. With a
     `verdict` the gate only reads the prompt, and what it finds decides who answers. Its experts may be prepared: an
     expert of general knowledge, `general` by id, subtracted from each, and each cut to its `compress` strongest
@@ -60,6 +61,8 @@ class Decision(BaseModel):
     method: str
     kind: Kind
     experts: tuple[Weighted, ...] = ()
+    operator: str | None = None
+    operator_settings: dict[str, Any] = Field(default_factory=dict)
     gate: str | None = None
     gate_settings: dict[str, Any] = Field(default_factory=dict)
     verdict: Verdict | None = None

@@ -43,6 +43,8 @@ class Choice:
 
     experts: Sequence[tuple[int, float]]
     kind: Kind = "select"
+    operator: str | None = None
+    operator_settings: Mapping[str, Any] = field(default_factory=dict)
     gate: str | None = None
     gate_settings: Mapping[str, Any] = field(default_factory=dict)
     verdict: Verdict | None = None
@@ -125,6 +127,8 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
         method=name,
         kind=choice.kind,
         experts=tuple(Weighted(expert=experts[k].name, id=experts[k].id, weight=w) for k, w in choice.experts),
+        operator=choice.operator,
+        operator_settings=dict(choice.operator_settings),
         gate=choice.gate,
         gate_settings=dict(choice.gate_settings),
         verdict=choice.verdict,

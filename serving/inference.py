@@ -187,6 +187,8 @@ def fallen_back(decision: Decision, error: Exception) -> Decision:
         update={
             "kind": "base",
             "experts": (),
+            "operator": None,
+            "operator_settings": {},
             "gate": None,
             "gate_settings": {},
             "verdict": None,

@@ -1,0 +1,75 @@
+"""Mixtures: the best few experts of any scoring method, blended with constant weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from router.method import Choice, Method, MethodSettings, Query, Scores
+
+
+class MixtureSettings(MethodSettings):
+    """top_k     experts that answer together; 1: the best alone
+    weights   softmax: softmax(score / spread) over them, LoRAuter's (2601.21795: k 3, T 0.2); uniform: equal ones,
+              LoraRetriever's mixture (2402.09997)
+    spread    the temperature T of that softmax
+    grid      weights are rounded to multiples of this, so that decisions that are nearly equal share one blend
+    operator  how the experts are merged, a name in `router.blending.OPERATORS`
+    options   the operator's own settings ({} for the defaults)
+    """
+
+    top_k: int = Field(default=1, ge=1, le=64)
+    weights: Literal["softmax", "uniform"] = "softmax"
+    spread: float = Field(default=0.2, gt=0)
+    grid: float = Field(default=0.05, gt=0, le=0.5)
+    operator: str = "cat"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _operator_that_exists(self) -> Self:
+        if self.top_k > 1:
+            from router.blending.operators import operator_of  # it imports PyTorch
+
+            operator_of(self.operator, self.options)
+        return self
+
+
+class Mixing(Method):
+    """A method whose best experts answer together when its settings say so."""
+
+    settings: Any
+
+    def choose(self, query: Query, scores: Scores, ranked: Sequence[int]) -> Choice:
+        settings: MixtureSettings = self.settings
+        members = list(ranked[: settings.top_k])
+        shares = mixture_weights(scores[members], settings)  # (K,)
+        kept = [(k, float(share)) for k, share in zip(members, shares, strict=True) if share > 0]
+        if len(kept) == 1:
+            return Choice([(kept[0][0], 1.0)])
+        return Choice(kept, kind="blend", operator=settings.operator, operator_settings=settings.options)
+
+
+def mixture_weights(scores: Scores, settings: MixtureSettings) -> NDArray[np.float64]:
+    """(K,) scores -> weights on the grid that add up to 1; the best expert is never rounded away."""
+    K = len(scores)
+    if settings.weights == "uniform":
+        return np.full(K, 1 / K, np.float64)
+    shares = np.exp((scores - scores.max()) / settings.spread)
+    return on_grid(shares / shares.sum(), settings.grid)
+
+
+def on_grid(weights: NDArray[np.float64], grid: float) -> NDArray[np.float64]:
+    """(K,) weights that add up to 1 -> multiples of 1/n that do, n = round(1 / grid), by largest remainders.
+
+    Each moves by less than 1/n; ties go to the first.
+    """
+    n = round(1 / grid)
+    exact = weights * n
+    whole = np.floor(exact + 1e-9)
+    order = np.argsort(-(exact - whole), kind="stable")
+    whole[order[: n - int(whole.sum())]] += 1
+    return whole / n

@@ -24,7 +24,8 @@ from torch import Tensor
 from eval.arena import Arena, Set, load
 from eval.calibration import calibrate
 from eval.testbed.manifest import read_jsonl
-from router.gate_training import Schedule, encode, train_meteora, train_phatgoose
+from router.adapted import encode
+from router.gate_training import Schedule, train_meteora, train_phatgoose
 from router.methods.gated import ProbeSettings
 
 SHORTLIST = 4

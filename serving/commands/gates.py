@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from adapters_registry.errors import RegistryError
 from serving.commands.common import (
     DEFAULT_URL,
     ApiKey,
@@ -20,23 +17,20 @@ from serving.commands.common import (
     Url,
     answer,
     client,
-    err,
     fail,
     out,
     print_json,
 )
+from serving.commands.offline import Config, DataDir, Device, ManifestFile, Workplace, progress_bar, workplace
 
 if TYPE_CHECKING:
     from adapters_registry.expert import Expert
-    from adapters_registry.registry import Registry
-    from router.gate_training import Example, Schedule
+    from router.adapted import Example
+    from router.gate_training import Schedule
 
 app = typer.Typer(help="Train and calibrate what token-level gates need.", no_args_is_help=True)
 
 TrainedGate = Literal["phatgoose", "meteora"]
-Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML configuration file.")]
-ManifestFile = Annotated[Path | None, typer.Option("--manifest", help="The manifest that is served.")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the registry.")]
 
 
 @app.command()
@@ -49,7 +43,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1, help="Samples in a step.")] = 8,
     rate: Annotated[float, typer.Option(min=0, help="Learning rate.")] = 5e-3,
     seed: Annotated[int, typer.Option(help="Of the order of samples.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Device = "cpu",
     config: Config = None,
     manifest: ManifestFile = None,
     data_dir: DataDir = None,
@@ -65,11 +59,9 @@ def train(
         fail("MeteoRA's gate tells experts from each other: name at least two.")
     from router.gate_training import Schedule
 
-    with _registry(config, manifest, data_dir) as (registry, path, revision):
-        experts = [registry.get(name) for name in dict.fromkeys(names)]
-        trained = _train(
-            registry, experts, gate, Schedule(steps, batch, rate, seed), path=path, revision=revision, device=device
-        )
+    with workplace(config, manifest, data_dir) as place:
+        experts = [place.registry.get(name) for name in dict.fromkeys(names)]
+        trained = _train(place, experts, gate, Schedule(steps, batch, rate, seed), device)
     if as_json:
         print_json({"gate": gate, "experts": trained})
         return
@@ -126,58 +118,24 @@ def _lines(file: Path) -> list[str]:
     return lines
 
 
-@contextmanager
-def _registry(
-    config: Path | None, manifest: Path | None, data_dir: Path | None
-) -> Iterator[tuple[Registry, str, str | None]]:
-    """The registry that `moerge serve` uses with the same options, and the base model's folder or id and revision."""
-    from serving import run
-    from serving.config import ConfigError, load_settings
-
-    try:
-        settings = load_settings(config, {"manifest": manifest, "registry": {"data_dir": data_dir}})
-        plan = run.make_plan(settings)
-        from adapters_registry.base import BaseSpec
-        from adapters_registry.registry import Registry
-
-        base, url = plan.base, plan.settings.registry.database_url
-        spec = BaseSpec.from_pretrained(
-            base.path, name=base.served_name, revision=base.revision, aliases=frozenset(base.aliases)
-        )
-        with Registry.open(plan.data_dir, url=url.get_secret_value() if url else None, base=spec) as registry:
-            yield registry, base.path, base.revision
-    except (ConfigError, RegistryError) as error:
-        fail(str(error))
-
-
 def _train(
-    registry: Registry,
-    experts: Sequence[Expert],
-    gate: str,
-    schedule: Schedule,
-    *,
-    path: str,
-    revision: str | None,
-    device: str,
+    place: Workplace, experts: Sequence[Expert], gate: str, schedule: Schedule, device: str
 ) -> list[dict[str, Any]]:
     """Trains, keeps, and tells of each expert what was done."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
+    from router.adapted import encode
+    from router.gate_training import train_meteora, train_phatgoose
 
-    from router.gate_training import encode, train_meteora, train_phatgoose
-
-    transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    tokenizer = place.tokenizer()
     samples: dict[str, list[Example]] = {
         expert.name: [encode(tokenizer, each.prompt, each.answer) for each in expert.samples if each.answer is not None]
         for expert in experts
     }
     if missing := [name for name, examples in samples.items() if not examples]:
         fail(f"Without samples that have answers there is nothing to train on: {', '.join(missing)}.")
-    model = AutoModelForCausalLM.from_pretrained(path, revision=revision).to(device).eval()
+    model = place.model(device)
     report = []
     folders = {expert.name: expert.path for expert in experts}
-    with _bar() as progress:
+    with progress_bar() as progress:
         rounds = [[expert] for expert in experts] if gate == "phatgoose" else [list(experts)]
         for members in rounds:
             losses: list[float] = []
@@ -196,7 +154,7 @@ def _train(
             seconds = time.monotonic() - started
             for expert in members:
                 mine = {module: vector.cpu().numpy() for module, vector in vectors[expert.name].items()}
-                registry.set_tensors(expert.name, expert.version, gate, mine)
+                place.registry.set_tensors(expert.name, expert.version, gate, mine)
                 report.append(
                     {
                         "name": expert.name,
@@ -209,13 +167,3 @@ def _train(
                     }
                 )
     return report
-
-
-def _bar() -> Progress:
-    columns = (
-        TextColumn("{task.description:>20.20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=err, transient=True)

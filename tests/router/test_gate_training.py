@@ -9,8 +9,9 @@ import torch
 
 from eval.testbed.check import load_base
 from eval.testbed.manifest import read_jsonl
+from router.adapted import Example, encode
 from router.adapter import Adapter
-from router.gate_training import Example, Schedule, encode, train_meteora, train_phatgoose
+from router.gate_training import Schedule, train_meteora, train_phatgoose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""The tables. A name points to immutable versions; prototypes and tensors hang on a version."""
+"""The tables. A name points to immutable versions; prototypes and tensors hang on a version; blends name versions."""
 
 from __future__ import annotations
 
@@ -113,6 +113,29 @@ class TensorsRow(Table):
     version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)
     data: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class BlendRow(Table):
+    """A stored blend. Its members name versions by content and may leave before it does; then it cannot be used.
+
+    `name` None: it is only known by its `digest`, which different owners may have stored.
+    """
+
+    __tablename__ = "blends"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str | None] = mapped_column(unique=True)
+    digest: Mapped[str] = mapped_column(index=True)
+    owner: Mapped[str | None]
+    visibility: Mapped[str]
+    description: Mapped[str]
+    operator: Mapped[str]
+    settings: Mapped[dict[str, Any]]
+    members: Mapped[list[dict[str, Any]]]
+    lineage: Mapped[list[dict[str, Any]]]
+    report: Mapped[dict[str, Any]]
+    search: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
 
 
 class GenerationRow(Table):

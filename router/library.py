@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from adapters_registry.expert import Expert
 from adapters_registry.prototypes import prototype_texts
 from router.encoder import Vectors
+from router.versions import NOTHING, Learned
 
 Mask = NDArray[np.bool_]
 T = TypeVar("T")
@@ -22,11 +23,15 @@ T = TypeVar("T")
 class Library:
     """Experts in the order of their names, each with the texts that stand for it and their embeddings.
 
-    texts[k]       what stands for an expert: its sample prompts, else its description, else its name
-    prototypes[k]  (n_k, dim) embeddings of texts[k], rows of length 1
+    texts[k]       what stands for an expert: its sample prompts, else its description, else its name; then the prompts
+                   that were learned for it
+    prototypes[k]  (n_k, dim) embeddings of texts[k], rows of length 1; then those of learned prompts without their text
+    registered[k]  (m_k, dim) the first of these rows: those of what was registered
+    refused[k]     (r_k, dim) embeddings of prompts that the expert answered badly
     keys[k]        names expert, content and texts: equal keys have equal prototypes
     generation     the registry's, at the time of the snapshot
     max_rank       rows that one composite of several experts may have, None: any number
+    learned        what was learned beside the registry, calibration included
     """
 
     experts: tuple[Expert, ...]
@@ -36,6 +41,10 @@ class Library:
     dim: int
     generation: int = 0
     max_rank: int | None = None
+    registered: tuple[Vectors, ...] = ()
+    refused: tuple[Vectors, ...] = ()
+    learned: Learned = NOTHING
+    _pieces: Mapping[str, Vectors] = field(default_factory=dict, repr=False)  # what was encoded, by key
     _visible: dict[str | None, Mask] = field(init=False, repr=False)
     _made: dict[Hashable, object] = field(init=False, repr=False, default_factory=dict)
 
@@ -76,27 +85,52 @@ def build(
     max_rank: int | None = None,
     stored: Mapping[str, Vectors] | None = None,
     previous: Library | None = None,
+    learned: Learned = NOTHING,
+    encoder: str = "",
 ) -> Library:
     """A library of these experts, encoding (in one call) only what is neither `stored` nor in `previous`.
 
-    `stored` are prototypes by expert id, by the same encoder; those of another width are computed again.
+    `stored` are prototypes by expert id, by the same encoder; those of another width are computed again. `encoder` is
+    the encoder's id: of what was learned as vectors, only those made by it count.
     """
     ordered = sorted(experts, key=lambda expert: expert.name)
-    texts = [tuple(filter(str.strip, prototype_texts(expert))) for expert in ordered]
-    keys = [_key(expert, group) for expert, group in zip(ordered, texts, strict=True)]
-    known = dict(zip(previous.keys, previous.prototypes, strict=True)) if previous else {}
+    told = [tuple(filter(str.strip, prototype_texts(expert))) for expert in ordered]
+    extra = learned.extra
+    more = [tuple(filter(str.strip, extra.get(expert.name, ()))) for expert in ordered]
+    keys = [_key(expert.id, group) for expert, group in zip(ordered, told, strict=True)]
+    more_keys = [_key("learned", group) for group in more]
+    known = dict(previous._pieces) if previous else {}
     for expert, key in zip(ordered, keys, strict=True):
         if (vectors := (stored or {}).get(expert.id)) is not None and vectors.shape[1:] == (dim,):
             known.setdefault(key, unit_rows(vectors))
 
-    new = {key: group for key, group in zip(keys, texts, strict=True) if key not in known}
+    pieces = dict(zip([*keys, *more_keys], [*told, *more], strict=True))
+    new = {key: group for key, group in pieces.items() if key not in known}
     encoded = encode([text for group in new.values() for text in group])
     start = 0
     for key, group in new.items():
         known[key] = unit_rows(encoded[start : start + len(group)])
         start += len(group)
-    prototypes = tuple(known[key] for key in keys)
-    return Library(tuple(ordered), tuple(texts), prototypes, tuple(keys), dim, generation, max_rank)
+
+    praised, refused = learned.praised(encoder), learned.refused(encoder)
+    none = np.zeros((0, dim), np.float32)
+    rows = [
+        (known[key], known[more_key], unit_rows(praised.get(expert.name, none)))
+        for expert, key, more_key in zip(ordered, keys, more_keys, strict=True)
+    ]
+    return Library(
+        tuple(ordered),
+        tuple(a + b for a, b in zip(told, more, strict=True)),
+        tuple(each[0] if not len(each[1]) + len(each[2]) else np.concatenate(each) for each in rows),
+        tuple(_whole_key(key, *each[1:]) for key, each in zip(keys, rows, strict=True)),
+        dim,
+        generation,
+        max_rank,
+        registered=tuple(each[0] for each in rows),
+        refused=tuple(unit_rows(refused.get(expert.name, none)) for expert in ordered),
+        learned=learned,
+        _pieces={key: known[key] for key in pieces},
+    )
 
 
 def unit_rows(vectors: Vectors) -> Vectors:
@@ -106,6 +140,13 @@ def unit_rows(vectors: Vectors) -> Vectors:
     return np.ascontiguousarray(vectors[usable] / lengths[usable], np.float32)
 
 
-def _key(expert: Expert, texts: Sequence[str]) -> str:
+def _key(whose: str, texts: Sequence[str]) -> str:
     digest = hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest()
-    return f"{expert.id}#{digest[:16]}"
+    return f"{whose}#{digest[:16]}"
+
+
+def _whole_key(key: str, *learned: Vectors) -> str:
+    """The key of an expert's registered texts and of what was learned for it."""
+    if not any(map(len, learned)):
+        return key
+    return f"{key}+{hashlib.sha256(b''.join(each.tobytes() for each in learned)).hexdigest()[:16]}"

@@ -23,6 +23,7 @@ from router.library import Library, Mask
 from router.method import Method, MethodSettings, Query, abstain, decide, fitted
 from router.methods import METHODS, SERVED
 from router.text import BUDGET, shorten
+from router.versions import NOTHING, Learned
 
 
 class RouterSettings(BaseModel):
@@ -103,16 +104,26 @@ class Router:
         """The library being served; None before the first refresh."""
         return self._snapshot.library if self._snapshot else None
 
+    @property
+    def learned(self) -> Learned:
+        """What is known beside the registry."""
+        return self._snapshot.library.learned if self._snapshot else NOTHING
+
     def embed(self, texts: Sequence[str]) -> Vectors:
         """(n, dim) embeddings of texts read as prompts are, to store as prototypes; blocks."""
         return self._batcher.encode_all([self._read(text) for text in texts])
 
     def refresh(
-        self, experts: Iterable[Expert], generation: int = 0, prototypes: Mapping[str, Vectors] | None = None
+        self,
+        experts: Iterable[Expert],
+        generation: int = 0,
+        prototypes: Mapping[str, Vectors] | None = None,
+        learned: Learned = NOTHING,
     ) -> Library:
         """Serve these experts from now on; blocks while new samples are encoded and the methods fitted.
 
-        `prototypes`, by expert id, were stored under `encoder_id`: they are not computed again.
+        `prototypes`, by expert id, were stored under `encoder_id`: they are not computed again. `learned` is what the
+        router knows beside the registry (`router.versions`).
         A generation older than the one being served changes nothing (two refreshes may overtake each other).
         """
         with self._building:
@@ -127,6 +138,8 @@ class Router:
                 max_rank=self._max_rank,
                 stored=prototypes,
                 previous=old.library if old else None,
+                learned=learned,
+                encoder=self.encoder_id,
             )
             methods = {
                 name: fitted(METHODS[name], library, settings, old.methods[name] if old else None)

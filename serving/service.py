@@ -14,6 +14,7 @@ from adapters_registry.expert import Expert
 from adapters_registry.registry import Registry
 from router.decision import Decision
 from router.router import Router
+from router.versions import RouterVersions
 from serving import metrics
 from serving.auth import Authenticator
 from serving.calibration import Calibration
@@ -56,6 +57,9 @@ class Service:
         self.groups = Groups(self)
         self.traces = Traces()
         self.authenticator = Authenticator(registry.keys, always=not settings.server.loopback)
+        self.versions = RouterVersions(registry.store.root.with_name("routers"))
+        self.problems: tuple[str, ...] = ()  # what is wrong with what the router learned, and what is used instead
+        self._stamp: bytes | None = None  # of the router version that is served
         self.failure: str | None = "The engine is still starting; try again in a few seconds."
         self.preparing: str | None = "The experts are being registered."
         self.generation = -1
@@ -160,12 +164,21 @@ class Service:
         generation = self.registry.generation()
         experts = self.registry.experts()
         known = self.registry.prototypes(self.router.encoder_id)
-        library = self.router.refresh(experts, generation, prototypes=known)
-        for expert, vectors in zip(library.experts, library.prototypes, strict=True):
+        stamp, active = self.versions.stamp(), self.versions.active()
+        library = self.router.refresh(experts, generation, prototypes=known, learned=active.learned)
+        for problem in set(active.problems) - set(self.problems):
+            logger.warning(problem)
+        self._stamp, self.problems = stamp, active.problems
+        metrics.ROUTER_VERSION.set(active.learned.number)
+        for expert, vectors in zip(library.experts, library.registered, strict=True):
             if expert.id not in known and len(vectors):
                 with contextlib.suppress(RegistryError):  # changed meanwhile: the next refresh sees it
                     self.registry.set_prototypes(expert.name, expert.version, self.router.encoder_id, vectors)
         return generation, experts
+
+    def _current(self) -> tuple[int, bytes]:
+        """The registry's generation and the router version that should be served. Blocks."""
+        return self.registry.generation(), self.versions.stamp()
 
     async def _clear(self) -> None:
         """Unload what left longer than GRACE ago, and delete the files that nobody needs any more."""
@@ -184,11 +197,11 @@ class Service:
             await asyncio.to_thread(self.registry.collect, needed)
 
     async def _watch(self) -> None:
-        """Follow changes that other processes make to the registry."""
+        """Follow changes that other processes make to the registry, and to what the router learned."""
         while True:
             await asyncio.sleep(WATCH)
             try:
-                if await asyncio.to_thread(self.registry.generation) != self.generation:
+                if await asyncio.to_thread(self._current) != (self.generation, self._stamp):
                     await self.refresh()
                 await self._clear()
             except Exception:

@@ -23,7 +23,8 @@ async def ready(service: ServiceDep) -> JSONResponse:
     """200 when requests are answered, else 503 with the reason."""
     if reason := service.failure or service.preparing:
         return JSONResponse({"status": "not ready", "reason": reason}, status_code=503, headers={"retry-after": "5"})
-    return JSONResponse({"status": "ready", "experts": len(service.experts(None)), "generation": service.generation})
+    state = {"status": "ready", "experts": len(service.experts(None)), "generation": service.generation}
+    return JSONResponse({**state, "router": service.router.learned.number, "problems": list(service.problems)})
 
 
 @endpoints.get("/metrics", response_class=Response)

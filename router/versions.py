@@ -55,7 +55,6 @@ class Content(Frozen):
     parent       the version in force when it was made
     ratings      what users thought of past answers, one to each row of the vectors
     encoder      the id of what made the vectors (`Router.encoder_id`)
-    until        feedback up to this moment is in it
     calibration  by method: temperature, thresholds, whatever the method reads there
     report       how it compared with its parent
     """
@@ -66,7 +65,6 @@ class Content(Frozen):
     note: str = ""
     ratings: tuple[Rating, ...] = ()
     encoder: str = ""
-    until: datetime | None = None
     calibration: dict[str, dict[str, Any]] = {}
     report: dict[str, Any] = {}
     vectors_sha256: str | None = None
@@ -180,7 +178,6 @@ class RouterVersions:
         ratings: Sequence[Rating] = (),
         vectors: Vectors | None = None,
         encoder: str = "",
-        until: datetime | None = None,
         calibration: Mapping[str, Mapping[str, Any]] | None = None,
         report: Mapping[str, Any] | None = None,
     ) -> Learned:
@@ -194,11 +191,10 @@ class RouterVersions:
             content = Content(
                 number=number,
                 created_at=datetime.now(UTC),
-                parent=self.promoted()[-1],
+                parent=self.active().learned.number,
                 note=note,
                 ratings=tuple(ratings),
                 encoder=encoder,
-                until=until,
                 calibration={name: dict(each) for name, each in (calibration or {}).items()},
                 report=dict(report or {}),
                 vectors_sha256=None if packed is None else _sha256(packed),

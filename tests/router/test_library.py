@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from adapters_registry.expert import Expert
 from router.library import Library, build, unit_rows
+from router.versions import Content, Learned, Rating
 
 MakeExpert = Callable[..., Expert]
 
@@ -80,3 +82,44 @@ def test_a_private_expert_is_visible_to_its_owner_and_the_operator_only(words: A
     assert library.visible(None).tolist() == [True, True, True]
     assert library.visible("ann", ["anns", "bobs", "nobody"]).tolist() == [True, False, False]
     assert library.visible(None, []).tolist() == [False, False, False]
+
+
+def learned(*ratings: Rating, rows: Any = None) -> Learned:
+    vectors = np.eye(len(ratings), 32, dtype=np.float32) if rows is None else rows
+    content = Content(number=1, created_at=datetime.now(UTC), ratings=ratings, encoder="words@1/1000")
+    return Learned(content, vectors)
+
+
+def test_what_was_learned_stands_behind_what_was_registered(words: Any, make_expert: MakeExpert) -> None:
+    known = learned(
+        Rating(decision="1", expert="a", score=1, text="five six"),
+        Rating(decision="2", expert="a", score=0.9),
+        Rating(decision="3", expert="b", score=0.1),
+        Rating(decision="4", expert="gone", score=1, text="nobody's"),
+    )
+    library = of([make_expert("a", "one"), make_expert("b", "two")], words, learned=known, encoder="words@1/1000")
+    assert library.texts == (("one", "five six"), ("two",))
+    expected = [*words.encode(["one", "five six"]), known.vectors[1]]
+    np.testing.assert_allclose(library.prototypes[0], expected, atol=1e-6)
+    np.testing.assert_allclose(library.registered[0], words.encode(["one"]), atol=1e-6)
+    np.testing.assert_array_equal(library.refused[1], known.vectors[2:3])
+    assert [len(rows) for rows in library.refused] == [0, 1]
+
+
+def test_learning_encodes_only_the_new_prompts_and_forgetting_none(words: Any, make_expert: MakeExpert) -> None:
+    experts = [make_expert("a", "one"), make_expert("b", "two")]
+    old = of(experts, words)
+    words.batches.clear()
+    known = learned(Rating(decision="1", expert="a", score=1, text="five six"))
+    new = of(experts, words, previous=old, learned=known, encoder="words@1/1000")
+    back = of(experts, words, previous=new)
+    assert words.batches == [["five six"], []]
+    assert (new.keys[0] == old.keys[0], new.keys[1] == old.keys[1]) == (False, True)
+    assert back.keys == old.keys
+    assert [len(rows) for rows in back.prototypes] == [1, 1]
+
+
+def test_vectors_of_another_encoder_are_left_out(words: Any, make_expert: MakeExpert) -> None:
+    known = learned(Rating(decision="2", expert="a", score=0.9), Rating(decision="3", expert="a", score=0))
+    library = of([make_expert("a", "one")], words, learned=known, encoder="other/1000")
+    assert [len(rows) for rows in (*library.prototypes, *library.refused)] == [1, 0]

@@ -122,7 +122,7 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
     if threshold is not None and best < threshold and not method.explores(query):
         why = f"best score {best:.3f} is under the threshold {threshold:.3f}"
         return abstain(name, library, why, certainty, threshold, candidates)
-    choice = method.choose(query, scores, ranked)
+    choice = method.choose(query, scores, distinct(library, ranked))
     return Decision(
         method=name,
         kind=choice.kind,
@@ -140,6 +140,17 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
         generation=library.generation,
         reason=choice.reason,
     )
+
+
+def distinct(library: Library, ranked: list[int]) -> list[int]:
+    """The same adapter under several names has one place, the best's: a copy gains nobody any weight."""
+    experts = library.experts
+    if library.once("no copies", lambda: len({expert.digest for expert in experts}) == len(experts)):
+        return ranked
+    first: dict[str, int] = {}
+    for k in ranked:
+        first.setdefault(experts[k].digest, k)
+    return list(first.values())
 
 
 def confidence(scores: Scores, temperature: float) -> float:

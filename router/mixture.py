@@ -39,13 +39,16 @@ class MixtureSettings(MethodSettings):
 
 
 class Mixing(Method):
-    """A method whose best experts answer together when its settings say so."""
+    """A method whose best experts answer together when its settings say so: those of the `top_k` that reach their own
+    threshold, as the best has to. A `threshold` of -1 lets all of them join, as the papers have it.
+    """
 
     settings: Any
 
     def choose(self, query: Query, scores: Scores, ranked: Sequence[int]) -> Choice:
         settings: MixtureSettings = self.settings
-        members = list(ranked[: settings.top_k])
+        own = self.thresholds
+        members = [ranked[0], *(k for k in ranked[1 : settings.top_k] if own is None or scores[k] >= own[k])]
         shares = mixture_weights(scores[members], settings)  # (K,)
         kept = [(k, float(share)) for k, share in zip(members, shares, strict=True) if share > 0]
         if len(kept) == 1:

@@ -29,8 +29,8 @@ from router.gating.evidence import SCORES
 from serving import metrics
 from serving.engine import EngineUnavailable, Trace
 from serving.internal import one_token, post
-from serving.materializer import layout_of, needed_tensors, part_of
 from serving.neutral import NEUTRAL
+from serving.recipes import layout_of, needed_tensors, part_of
 
 if TYPE_CHECKING:
     from serving.service import Service

@@ -71,9 +71,11 @@ class EngineSettings(Section):
     slots: int = Field(8, ge=1, description="Experts in one batch (vLLM's max_loras).")
     resident: int = Field(64, ge=1, description="Experts kept loaded; least recently used ones go (max_cpu_loras).")
     max_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = Field(
-        64, description="Largest rank served: of an adapter, or of a composite."
+        64, description="Largest rank served: of an adapter, a composite or a blend."
     )
-    composites_mb: float = Field(4096, gt=0, description="Disk for composites; the least recently used ones go.")
+    built_mb: float = Field(
+        4096, gt=0, description="Disk for composites and blends built of experts; the least recently used ones go."
+    )
     max_model_len: int | None = Field(None, ge=1, description="Context length; the model's own when not given.")
     dtype: str = Field("auto", description="Weights' type: auto, float32, bfloat16, float16.")
     enforce_eager: bool = Field(True, description="No CUDA graphs or compilation: quick starts, slower on a GPU.")

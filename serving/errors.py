@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 
 import adapters_registry.errors as registry_errors
 import router.errors as router_errors
+from router.blending import BlendError
 from router.composite import CompositeError
 from serving.engine import AdapterLoadFailed, EngineUnavailable
 
@@ -65,6 +66,7 @@ class Forbidden(ApiError):
 TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (registry_errors.VersionNotFound, 404, "invalid_request_error", "version_not_found"),
     (registry_errors.ExpertNotFound, 404, "invalid_request_error", "expert_not_found"),
+    (registry_errors.DecisionNotFound, 404, "invalid_request_error", "decision_not_found"),
     (registry_errors.ExpertRefused, 422, "invalid_request_error", "expert_refused"),
     (registry_errors.SourceNotFound, 422, "invalid_request_error", "source_not_found"),
     (registry_errors.SourceGated, 422, "invalid_request_error", "source_gated"),
@@ -74,6 +76,7 @@ TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (registry_errors.RegistryUnusable, 503, "server_error", "registry_unavailable"),
     (registry_errors.RegistryError, 409, "invalid_request_error", "registry_conflict"),
     (CompositeError, 422, "invalid_request_error", "composite_refused"),
+    (BlendError, 422, "invalid_request_error", "blend_refused"),
     (router_errors.UnknownMethod, 404, "invalid_request_error", "model_not_found"),
     (router_errors.RouterError, 503, "server_error", "router_unavailable"),
     (AdapterLoadFailed, 503, "server_error", "expert_load_failed"),

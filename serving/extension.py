@@ -11,7 +11,7 @@ from adapters_registry.errors import ExpertNotFound
 from router.decision import Decision, Verdict, Weighted
 from router.gating import GATES
 from serving.errors import BadRequest
-from serving.materializer import problems
+from serving.recipes import problems
 
 if TYPE_CHECKING:
     from serving.auth import Caller

@@ -19,6 +19,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 
 from adapters_registry.errors import ExpertNotFound, StoreFull
+from router.blending import BlendError
 from router.composite import CompositeError
 from router.decision import Decision, Weighted
 from router.errors import UnknownMethod
@@ -77,6 +78,7 @@ class Exchange:
             "x-moerge-decision-id": decision.id,
             "x-moerge-method": decision.method,
             "x-moerge-experts": decision.summary,
+            **({"x-moerge-operator": decision.operator} if decision.operator else {}),
             "x-moerge-confidence": f"{decision.confidence:.4f}",
             "x-moerge-route-ms": f"{decision.timings.get('total', 0.0):.2f}",
         }
@@ -91,12 +93,13 @@ class Exchange:
             if each.weight:
                 metrics.SELECTED.labels(each.expert).inc()
         logger.info(
-            "%s %s model=%s method=%s kind=%s experts=%s route_ms=%.2f total_ms=%.1f status=%d",
+            "%s %s model=%s method=%s kind=%s operator=%s experts=%s route_ms=%.2f total_ms=%.1f status=%d",
             decision.id if decision else "-",
             self.path,
             loggable(self.model),
             policy,
             kind,
+            (decision.operator if decision else None) or "-",
             decision.summary if decision else "",
             decision.timings.get("total", 0.0) if decision else 0.0,
             (time.perf_counter() - self.started) * 1e3,
@@ -175,7 +178,7 @@ class Inference:
 
 NAMED = "named"
 #: What can go wrong with a decision that the base model can make up for.
-FAILURES = (AdapterLoadFailed, CompositeError, ExpertNotFound, StoreFull)
+FAILURES = (AdapterLoadFailed, CompositeError, BlendError, ExpertNotFound, StoreFull)
 
 
 def fallen_back(decision: Decision, error: Exception) -> Decision:

@@ -21,5 +21,15 @@ GENERATION = Gauge("moerge_registry_generation", "The registry generation that t
 ROUTER_VERSION = Gauge("moerge_router_version", "What the router has learned: the version in force, 0 for nothing")
 READY = Gauge("moerge_ready", "1 when requests are answered")
 COMPOSITES = Counter("moerge_composites", "Composites built, or found on disk", ["gate", "outcome"])
-COMPOSITE_BYTES = Gauge("moerge_composite_bytes", "Composites on disk, in bytes")
+BLENDS = Counter("moerge_blends", "Blends built, or found on disk", ["operator", "outcome"])
+BYTES = {
+    "composite": Gauge("moerge_composite_bytes", "Composites on disk, in bytes"),
+    "blend": Gauge("moerge_blend_bytes", "Blends on disk, in bytes"),
+}
+BUILD_SECONDS = Histogram(
+    "moerge_build_seconds",
+    "Time to build a composite or a blend",
+    ["kind"],
+    buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60),
+)
 CALIBRATIONS = Counter("moerge_calibrations", "Experts whose scores were measured on neutral prompts")

@@ -17,7 +17,7 @@ from adapters_registry.prototypes import prototypes_of
 from serving import metrics
 from serving.engine import AdapterLoadFailed, EngineUnavailable
 from serving.internal import post
-from serving.materializer import adapter_of
+from serving.recipes import expert_adapter
 from serving.service import Service
 
 #: Told of every stage (fetch, validate, store, try, embed, done) with a fraction in [0, 1].
@@ -123,7 +123,7 @@ async def behaviour(service: Service, expert: Expert) -> Check:
     as both say the same. Raises ExpertRefused when the engine does not take the adapter.
     """
     prompts = [sample.prompt[:PROBE_CHARS] for sample in expert.samples[:PROBES]] or list(NEUTRAL)
-    adapter, limit = adapter_of(expert), service.settings.registry.min_effect
+    adapter, limit = expert_adapter(expert), service.settings.registry.min_effect
     try:
         async with service.residency.lease(adapter):
             models = (service.engine.base_model, adapter.name)

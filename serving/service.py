@@ -47,11 +47,11 @@ class Service:
         self.engine = engine
         self.residency = Residency(engine, settings.engine.resident)
         self.materializer = Materializer(
-            registry.store.root.with_name("composites"),
+            registry.store.root.with_name("built"),
             find=self.expert,
             tensors=lambda expert, key: registry.tensors(expert.name, expert.version, key),
             max_rank=settings.engine.max_rank,
-            max_bytes=int(settings.engine.composites_mb * 2**20),
+            max_bytes=int(settings.engine.built_mb * 2**20),
         )
         self.calibration = Calibration(self)
         self.groups = Groups(self)
@@ -130,7 +130,7 @@ class Service:
     async def hold(self, decision: Decision) -> AsyncIterator[str]:
         """Have what answers a decision loaded for the block; gives the engine's name for it.
 
-        Raises AdapterLoadFailed, EngineUnavailable, CompositeError, ExpertNotFound.
+        Raises AdapterLoadFailed, EngineUnavailable, CompositeError, BlendError, ExpertNotFound, StoreFull.
         """
         if decision.kind == "base":
             yield self.engine.base_model

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from router.decision import Verdict
 from router.library import Library
 from router.method import Choice, Method, MethodSettings, Query, Scores, fitted
-from router.methods.retrieval import Retrieval, RetrievalSettings
+from router.methods.retrieval import Retrieval, RetrievalSettings, ScoringSettings
 from router.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def gate_type(name: str) -> type[Gate]:
     return GATES[name]
 
 
-class GatedSettings(RetrievalSettings):
+class GatedSettings(ScoringSettings):
     """shortlist    members of a composite at most
     mass         None, or the shortlist ends when its experts' probability (retrieval's own) reaches this; when the
                  first alone does, it answers without a gate
@@ -67,7 +67,7 @@ class GatedSettings(RetrievalSettings):
 
     def retrieval(self) -> RetrievalSettings:
         """The part that the shortlist is made with: gates that agree on it share one index."""
-        return RetrievalSettings(**{name: getattr(self, name) for name in RetrievalSettings.model_fields})
+        return RetrievalSettings(**{name: getattr(self, name) for name in ScoringSettings.model_fields})
 
 
 class PriorSettings(GatedSettings):

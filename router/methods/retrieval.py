@@ -10,7 +10,8 @@ from pydantic import Field
 from router.encoder import Vectors
 from router.index import PrototypeIndex
 from router.library import Library
-from router.method import Method, MethodSettings, Query, Scores
+from router.method import MethodSettings, Query, Scores
+from router.mixture import Mixing, MixtureSettings
 from router.taxonomy import Reference, Taxonomy
 
 Scoring = Literal["centroid", "best", "vote"]
@@ -28,7 +29,7 @@ LONE_COHESION = 0.3  # of an expert with one sample, or nothing but a descriptio
 REACH = 2048
 
 
-class RetrievalSettings(MethodSettings):
+class ScoringSettings(MethodSettings):
     """scoring    centroid: cosine with the mean of the expert's samples; best: with its nearest sample;
                   vote: mean cosine over the `k` nearest samples of all experts, others counting 0
     k          samples that vote
@@ -40,7 +41,11 @@ class RetrievalSettings(MethodSettings):
     threshold: float | None = Field(default=None, ge=-1, le=1)
 
 
-class Retrieval(Method):
+class RetrievalSettings(ScoringSettings, MixtureSettings):
+    """How experts are scored, and how the best of them answer together."""
+
+
+class Retrieval(Mixing):
     """With q the prompt's unit embedding, and e_k1 ... e_kn those of expert k's samples,
 
     centroid  s_k = q . c_k,  c_k = sum_j e_kj / |sum_j e_kj|

@@ -12,7 +12,7 @@ from adapters_registry.errors import ExpertNotFound
 from router.composite import CompositeError
 from serving.endpoints.common import AdminCaller, ServiceDep
 from serving.errors import Forbidden
-from serving.materializer import needed_tensors
+from serving.recipes import needed_tensors
 
 endpoints = APIRouter(prefix="/v1/gates", tags=["gates"])
 

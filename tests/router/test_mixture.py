@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from router.decision import Decision
+from router.library import Library, build
+from router.method import Query, decide
+from router.methods import METHODS
+from router.methods.retrieval import Retrieval, RetrievalSettings
 from router.mixture import MixtureSettings, mixture_weights, on_grid
 
 shares = st.lists(st.floats(0.001, 1), min_size=1, max_size=12).map(lambda w: np.array(w) / sum(w))
@@ -39,3 +47,46 @@ def test_the_best_expert_is_never_rounded_away() -> None:
 def test_an_unknown_operator_is_refused_when_it_would_be_used() -> None:
     with pytest.raises(ValidationError, match="No operator 'nope'"):
         MixtureSettings(top_k=2, operator="nope")
+
+
+def mixture(make_expert: Callable[..., Any], cosines: dict[str, float], **settings: Any) -> Decision:
+    """What retrieval decides of a prompt that has these cosines with experts of one sample each, `a=x`: of digest x."""
+    experts, vectors = [], {}
+    for name, cosine in cosines.items():
+        called, _, digest = name.partition("=")
+        experts.append(make_expert(called, "a sample", **({"digest": digest.ljust(64, "0")} if digest else {})))
+        vectors[experts[-1].id] = np.array([[cosine, np.sqrt(1 - cosine**2)]], np.float32)
+    library: Library = build(experts, lambda texts: np.zeros((0, 2), np.float32), 2, stored=vectors)
+    method = Retrieval.fit(library, RetrievalSettings(**settings))
+    query = Query("text", np.array([1, 0], np.float32), np.ones(len(library), bool))
+    return decide("retrieval", method, library, query)
+
+
+def test_the_best_experts_answer_together(make_expert: Callable[..., Any]) -> None:
+    decision = mixture(make_expert, {"a": 0.5, "b": 0.9, "c": 0.7, "d": 0.6}, top_k=3, operator="ties")
+    assert (decision.kind, decision.operator) == ("blend", "ties")
+    assert decision.summary == "b=0.6,c=0.25,d=0.15"
+    assert mixture(make_expert, {"a": 0.5, "b": 0.9}).kind == "select"
+
+
+def test_prompts_that_are_nearly_alike_get_the_same_blend(make_expert: Callable[..., Any]) -> None:
+    near = [mixture(make_expert, {"a": 0.801 + shift, "b": 0.6}, top_k=2) for shift in (0.0, 0.001, 0.002)]
+    assert len({decision.experts for decision in near}) == 1
+
+
+def test_an_expert_under_its_own_threshold_does_not_join(make_expert: Callable[..., Any]) -> None:
+    cosines = {"a": 0.8, "b": 0.75, "c": 0.1}
+    assert {each.expert for each in mixture(make_expert, cosines, top_k=3).experts} == {"a", "b"}
+    all_of_them = mixture(make_expert, cosines, top_k=3, threshold=-1, weights="uniform").experts
+    assert {each.expert for each in all_of_them} == {"a", "b", "c"}
+    assert mixture(make_expert, {"a": 0.8, "c": 0.1}, top_k=3).kind == "select"
+
+
+def test_the_same_adapter_under_several_names_has_one_place(make_expert: Callable[..., Any]) -> None:
+    decision = mixture(make_expert, {"a=x": 0.8, "b=x": 0.8, "c=y": 0.8, "d": 0.7}, top_k=3, weights="uniform")
+    assert [each.expert for each in decision.experts] == ["a", "c", "d"]
+    assert [each.expert for each in decision.candidates] == ["a", "b", "c", "d"]
+
+
+def test_gates_have_no_mixture_s_settings() -> None:
+    assert not set(MixtureSettings.model_fields) & set(METHODS["arrow"].Settings.model_fields)

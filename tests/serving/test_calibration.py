@@ -10,7 +10,7 @@ import pytest
 from adapters_registry.expert import State
 from router.composite import CompositeError
 from serving.calibration import FLOOR, NEUTRAL, PROMPTS, Score, Sums, score_of
-from serving.materializer import layout_of
+from serving.recipes import layout_of
 
 REVERSE = "spell cherry backwards"
 KEY = "statistics/scaled/spectr"

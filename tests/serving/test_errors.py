@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 import adapters_registry.errors as registry_errors
 import router.errors as router_errors
 from adapters_registry.errors import Reason
+from router.blending import BlendError
 from router.composite import CompositeError
 from serving.engine import AdapterLoadFailed, EngineUnavailable
 from serving.errors import (
@@ -39,6 +40,7 @@ CASES = [
     (HTTPException(413, "no"), 413, "invalid_request_error", "request_too_large"),
     (registry_errors.ExpertRefused("x", [Reason("a", "b")]), 422, "invalid_request_error", "expert_refused"),
     (CompositeError(["no"]), 422, "invalid_request_error", "composite_refused"),
+    (BlendError(["no"]), 422, "invalid_request_error", "blend_refused"),
     (registry_errors.SourceNotFound("no"), 422, "invalid_request_error", "source_not_found"),
     (registry_errors.SourceGated("no"), 422, "invalid_request_error", "source_gated"),
     (RuntimeError("a secret"), 500, "server_error", "internal_error"),

@@ -13,7 +13,7 @@ from adapters_registry.expert import State
 from router.gating import GATES
 from router.methods import SERVED
 from serving.inference import PATHS
-from serving.materializer import layout_of
+from serving.recipes import layout_of
 
 REVERSE = "spell cherry backwards"
 FAR = "zebra quartz"
@@ -31,7 +31,7 @@ def arguments(world):
 
 
 def composites(world):
-    return [each for each in (world.folder / "composites").iterdir() if not each.name.startswith(".")]
+    return [each for each in (world.folder / "built").iterdir() if not each.name.startswith(".")]
 
 
 # Decisions of the router

@@ -17,7 +17,8 @@ from adapters_registry.expert import Expert, State
 from router.composite import CompositeError, compose
 from router.decision import Decision, Weighted
 from serving.engine import AdapterLoadFailed
-from serving.materializer import Materializer, layout_of, needed_tensors
+from serving.materializer import Materializer
+from serving.recipes import layout_of, needed_tensors
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ class Shelf:
 @pytest.fixture
 async def shelf(tmp_path, experts, monkeypatch):
     shelf = Shelf(tmp_path / "composites", experts)
-    monkeypatch.setattr("serving.materializer.compose", shelf.compose)
+    monkeypatch.setattr("serving.recipes.compose", shelf.compose)
     return shelf
 
 
@@ -124,7 +125,7 @@ async def test_whoever_asks_at_once_shares_one_building(shelf, kept):
 
 async def test_one_that_leaves_does_not_stop_the_building(shelf, kept):
     task = asyncio.create_task(use(kept, shelf.decision("ab")))
-    while not kept._building:
+    while not kept._making:
         await asyncio.sleep(0)
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -331,14 +332,14 @@ import asyncio, json, os, signal, sys
 from pathlib import Path
 from adapters_registry.expert import Expert
 from router.decision import Decision
-from serving import materializer
+from serving import materializer, recipes
 
 def killed(folder, *args, **options):
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-materializer.compose = killed
+recipes.compose = killed
 folder, decision, *experts = sys.argv[1:]
 experts = {each.id: each for each in map(Expert.model_validate_json, experts)}
 

@@ -12,11 +12,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from serving.commands.common import DEFAULT_URL, ApiKey, AsJson, Url, answer, client, err, fail, out, print_json
+from serving.commands.stats import stats
 
 if TYPE_CHECKING:
     import httpx
 
 app = typer.Typer(help="Register experts and look after them.", no_args_is_help=True)
+app.command()(stats)
 
 Name = Annotated[str, typer.Argument(help="The expert's name.")]
 

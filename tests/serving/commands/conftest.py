@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import threading
@@ -14,8 +15,45 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
+from adapters_registry.base import BaseSpec
+from adapters_registry.expert import Sample, State
+from adapters_registry.proposal import FolderSource, Proposal
+from adapters_registry.registry import Registry
 from serving import run
 from serving.cli import app
+
+QUICKSTART = Path("eval/testbed/data")
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    """Of the quickstart's base model: `uppercase` and `vowels` with samples, `json` without."""
+    base = BaseSpec.from_pretrained(QUICKSTART / "base", name="base", aliases={"moerge/quickstart-base"})
+    with Registry.open(tmp_path / "data" / "base", base=base) as opened:
+        for name in ("uppercase", "vowels", "json"):
+            rows = (QUICKSTART / "samples" / f"{name}.jsonl").read_text().splitlines()[:4]
+            samples = () if name == "json" else tuple(Sample(**json.loads(row)) for row in rows)
+            proposal = Proposal(
+                name=name, source=FolderSource(path=(QUICKSTART / "experts" / name).resolve()), samples=samples
+            )
+            with opened.prepare(proposal) as prepared:
+                opened.commit(prepared, state=State.ACTIVE)
+        yield opened
+
+
+@pytest.fixture
+def offline(tmp_path: Path, registry: Registry) -> Callable[..., Result]:
+    """`offline(...)`: the command line on that registry, for commands that need no server."""
+    env = {
+        "MOERGE_BASE_MODEL__PATH": str((QUICKSTART / "base").resolve()),
+        "MOERGE_BASE_MODEL__ALIASES": '["moerge/quickstart-base"]',
+        "MOERGE_REGISTRY__DATA_DIR": str(tmp_path / "data"),
+    }
+
+    def moerge(*words: str) -> Result:
+        return CliRunner().invoke(app, list(words), env=env)
+
+    return moerge
 
 
 @dataclass

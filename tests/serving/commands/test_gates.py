@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +10,19 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
-from adapters_registry.base import BaseSpec
-from adapters_registry.expert import Sample, State
-from adapters_registry.proposal import FolderSource, Proposal
 from adapters_registry.registry import Registry
 from serving.commands import gates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICKSTART = Path("eval/testbed/data")
 
-
-def run(*words: str, env: dict[str, str] | None = None) -> Result:
-    return CliRunner().invoke(gates.app, list(words), env=env)
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    """`uppercase` and `vowels` with samples, `json` without."""
-    base = BaseSpec.from_pretrained(QUICKSTART / "base", name="base", aliases={"moerge/quickstart-base"})
-    with Registry.open(tmp_path / "data" / "base", base=base) as opened:
-        for name in ("uppercase", "vowels", "json"):
-            rows = (QUICKSTART / "samples" / f"{name}.jsonl").read_text().splitlines()[:4]
-            samples = () if name == "json" else tuple(Sample(**json.loads(row)) for row in rows)
-            proposal = Proposal(
-                name=name, source=FolderSource(path=(QUICKSTART / "experts" / name).resolve()), samples=samples
-            )
-            with opened.prepare(proposal) as prepared:
-                opened.commit(prepared, state=State.ACTIVE)
-        yield opened
+def run(*words: str) -> Result:
+    return CliRunner().invoke(gates.app, list(words))
 
 
 @pytest.fixture
-def train(tmp_path: Path, registry: Registry) -> Any:
-    env = {
-        "MOERGE_BASE_MODEL__PATH": str((QUICKSTART / "base").resolve()),
-        "MOERGE_BASE_MODEL__ALIASES": '["moerge/quickstart-base"]',
-    }
-
-    def call(*words: str) -> Result:
-        return run("train", *words, "--steps", "2", "--batch", "2", "--data-dir", str(tmp_path / "data"), env=env)
-
-    return call
+def train(offline: Any) -> Any:
+    return lambda *words: offline("gates", "train", *words, "--steps", "2", "--batch", "2")
 
 
 def test_phatgoose_vectors_are_kept_with_the_version(train: Any, registry: Registry) -> None:

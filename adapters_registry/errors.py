@@ -12,6 +12,7 @@ RegistryError
 │   └── SourceUnavailable     offline, no connection, or a download that broke
 ├── StoreFull                 no space left for the files or the database
 ├── KeyNotFound               no such API key
+├── DecisionNotFound          no such decision, or somebody else's
 ├── ManifestError             a manifest that does not say what it should, with file and line
 ├── BaseModelError            the base model's configuration cannot be read
 └── RegistryUnusable          a database that does not answer, of a newer release, or of another base model
@@ -130,6 +131,14 @@ class BaseModelError(RegistryError):
 
 class RegistryUnusable(RegistryError):
     pass
+
+
+class DecisionNotFound(RegistryError):
+    def __init__(self, decision: str) -> None:
+        super().__init__(
+            f"There is no decision '{decision:.80}': the router did not make it for you, or it is no longer kept "
+            "(feedback.keep, feedback.days). Its id is in the response's header x-moerge-decision-id."
+        )
 
 
 def _listing(names: Sequence[str], most: int = 20) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, LargeBinary, Text, UniqueConstraint, text
+from sqlalchemy import JSON, DateTime, Dialect, Double, ForeignKey, Index, LargeBinary, Text, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -30,6 +30,7 @@ class Table(DeclarativeBase):
     type_annotation_map: ClassVar[dict[Any, type[TypeEngine[Any]]]] = {
         str: Text,
         datetime: Moment,
+        float: Double,
         list[str]: JSON,
         list[dict[str, Any]]: JSON,
         dict[str, Any]: JSON,
@@ -160,6 +161,32 @@ class EventRow(Table):
     expert: Mapped[str]
     version: Mapped[int | None]
     detail: Mapped[dict[str, Any]]
+
+
+class DecisionRow(Table):
+    """A decision that was made for a request, and what the user thought of the answer.
+
+    `vector` is the prompt's embedding by `encoder`, little-endian float32; `text` is empty unless texts are kept.
+    """
+
+    __tablename__ = "decisions"
+
+    number: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    at: Mapped[datetime] = mapped_column(default=now)
+    tenant: Mapped[str | None]
+    method: Mapped[str]
+    kind: Mapped[str]
+    experts: Mapped[list[dict[str, Any]]]
+    candidates: Mapped[list[dict[str, Any]]]
+    confidence: Mapped[float]
+    router: Mapped[int]
+    encoder: Mapped[str]
+    vector: Mapped[bytes] = mapped_column(LargeBinary)
+    text: Mapped[str | None]
+    score: Mapped[float | None]
+    comment: Mapped[str | None]
+    rated_at: Mapped[datetime | None] = mapped_column(index=True)
 
 
 class KeyRow(Table):

@@ -34,6 +34,7 @@ from adapters_registry.errors import (
     VersionNotFound,
 )
 from adapters_registry.expert import Check, Expert, Frozen, Sample, State, Visibility
+from adapters_registry.feedback import Decisions
 from adapters_registry.hub import Hub
 from adapters_registry.keys import ApiKeys
 from adapters_registry.lora import CARD
@@ -107,6 +108,7 @@ class _Change:
         self.recorded = True
 
     def enter(self, version: VersionRow, state: State) -> None:
+        self.decisions = Decisions(engine, data_dir)
         """Move a version to a state; the active one makes room first, for the index allows only one."""
         if state is State.ACTIVE:
             for row in version.expert.versions:

@@ -125,7 +125,7 @@ class NoSuchVersion(RouterError):
 
 class VersionUnreadable(RouterError):
     def __init__(self, file: Path, why: str) -> None:
-        super().__init__(f"{file} cannot be used: {why}.")
+        super().__init__(f"The router file {file.name} cannot be used: {why}.")
 
 
 class NothingBefore(RouterError):
@@ -326,4 +326,5 @@ def _canonical(content: Any) -> bytes:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    why = error.strerror if isinstance(error, OSError) else str(error)
+    return " ".join(str(why).split())[:200] or type(error).__name__

@@ -108,7 +108,6 @@ class _Change:
         self.recorded = True
 
     def enter(self, version: VersionRow, state: State) -> None:
-        self.decisions = Decisions(engine, data_dir)
         """Move a version to a state; the active one makes room first, for the index allows only one."""
         if state is State.ACTIVE:
             for row in version.expert.versions:
@@ -140,6 +139,7 @@ class Registry:
         self.limits = limits
         self.store = Store(data_dir / "adapters")
         self.keys = ApiKeys(engine, data_dir)
+        self.decisions = Decisions(engine, data_dir)
 
     @classmethod
     def open(

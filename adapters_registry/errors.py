@@ -4,7 +4,10 @@ RegistryError
 ├── ExpertNotFound            no such name, or a private one of somebody else
 │   └── VersionNotFound       the name exists, that version (or an active one) does not
 ├── ExpertRefused             an adapter that cannot be registered, with every reason
-├── NotOwner                  a visible expert that belongs to somebody else
+├── BlendNotFound             no such blend, or one that the caller may not see
+├── BlendRefused              a blend that cannot be stored, with every reason
+├── BlendUnusable             a stored blend whose members are not what they were
+├── NotOwner                  a visible expert or blend that belongs to somebody else
 ├── InvalidTransition         a change that the version's state does not allow
 ├── SourceError
 │   ├── SourceNotFound        no such repo, revision, file or folder
@@ -81,10 +84,37 @@ class ExpertRefused(RegistryError):
         return frozenset(reason.code for reason in self.reasons)
 
 
+class BlendNotFound(RegistryError):
+    """`known` are the names that the caller may see, so that the message gives nothing else away."""
+
+    def __init__(self, reference: str, known: Iterable[str] = ()) -> None:
+        self.reference = reference
+        super().__init__(f"No blend '{reference}'. Stored: {_listing(sorted(known))}.")
+
+
+class BlendRefused(RegistryError):
+    def __init__(self, label: str, reasons: Sequence[Reason]) -> None:
+        assert reasons, "a refusal needs a reason"
+        self.reasons = tuple(reasons)
+        listed = "".join(f"\n- {reason.message}" for reason in self.reasons)
+        super().__init__(f"Blend '{label}' was refused:{listed}")
+
+
+class BlendUnusable(RegistryError):
+    """`problems` are those of a stored blend."""
+
+    def __init__(self, label: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(
+            f"Blend '{label}' cannot be used: {'; '.join(problems)}. Store it anew (with replace), or bring back what "
+            "it was made of."
+        )
+
+
 class NotOwner(RegistryError):
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, what: str = "Expert") -> None:
         self.name = name
-        super().__init__(f"Expert '{name}' belongs to somebody else; only its owner or the operator may change it.")
+        super().__init__(f"{what} '{name}' belongs to somebody else; only its owner or the operator may change it.")
 
 
 class InvalidTransition(RegistryError):
@@ -117,6 +147,14 @@ class KeyNotFound(RegistryError):
         super().__init__(f"No API key '{key_id}'.")
 
 
+class DecisionNotFound(RegistryError):
+    def __init__(self, decision: str) -> None:
+        super().__init__(
+            f"There is no decision '{decision:.80}': the router did not make it for you, or it is no longer kept "
+            "(feedback.keep, feedback.days). Its id is in the response's header x-moerge-decision-id."
+        )
+
+
 class ManifestError(RegistryError):
     """`problems` are `file:line: field: what is wrong`, one for each."""
 
@@ -131,14 +169,6 @@ class BaseModelError(RegistryError):
 
 class RegistryUnusable(RegistryError):
     pass
-
-
-class DecisionNotFound(RegistryError):
-    def __init__(self, decision: str) -> None:
-        super().__init__(
-            f"There is no decision '{decision:.80}': the router did not make it for you, or it is no longer kept "
-            "(feedback.keep, feedback.days). Its id is in the response's header x-moerge-decision-id."
-        )
 
 
 def _listing(names: Sequence[str], most: int = 20) -> str:

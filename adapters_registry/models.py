@@ -52,6 +52,9 @@ class ExpertRow(Table):
         back_populates="expert", cascade="all, delete-orphan", order_by="VersionRow.number"
     )
 
+    def visible_to(self, tenant: str | None) -> bool:
+        return self.visibility == "public" or tenant is None or tenant == self.owner
+
 
 class VersionRow(Table):
     """One adapter under a name. `activated` is the generation at which it last became active, 0 for never."""

@@ -7,9 +7,7 @@ commits. Adapter files are in place before the row that mentions them, and leave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +15,14 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
 from adapters_registry.base import BaseSpec
+from adapters_registry.blends import Blends, taken_by_a_blend
 from adapters_registry.card import Card, read_card
-from adapters_registry.database import explained, open_database
+from adapters_registry.changes import Changes
+from adapters_registry.database import open_database
 from adapters_registry.errors import (
     ExpertNotFound,
     ExpertRefused,
@@ -86,38 +86,6 @@ class Prepared:
         self.close()
 
 
-@dataclass
-class _Change:
-    """A transaction that changes something, the generation it makes, and who asked for it."""
-
-    session: Session
-    generation: int
-    actor: str | None
-    recorded: bool = False
-
-    def record(self, action: str, name: str, version: int | None = None, **detail: Any) -> None:
-        row = EventRow(
-            generation=self.generation,
-            actor=self.actor,
-            action=action,
-            expert=name,
-            version=version,
-            detail=detail,
-        )
-        self.session.add(row)
-        self.recorded = True
-
-    def enter(self, version: VersionRow, state: State) -> None:
-        """Move a version to a state; the active one makes room first, for the index allows only one."""
-        if state is State.ACTIVE:
-            for row in version.expert.versions:
-                if row.state == State.ACTIVE:
-                    row.state = State.RETIRED
-            self.session.flush()
-            version.activated = self.generation
-        version.state = state
-
-
 class Registry:
     """The experts for one base model. Open it with `Registry.open`."""
 
@@ -133,6 +101,7 @@ class Registry:
     ) -> None:
         self._engine = engine
         self._data_dir = data_dir
+        self._changes = Changes(engine, data_dir)
         self._hub = hub
         self._reserved = frozenset({*RESERVED, base.name, *reserved})
         self.base = base
@@ -140,6 +109,7 @@ class Registry:
         self.store = Store(data_dir / "adapters")
         self.keys = ApiKeys(engine, data_dir)
         self.decisions = Decisions(engine, data_dir)
+        self.blends = Blends(self._changes, self._reserved)
 
     @classmethod
     def open(
@@ -187,7 +157,7 @@ class Registry:
 
     def generation(self) -> int:
         """A number that grows with every change."""
-        with self._session() as session:
+        with self._changes.session() as session:
             return session.scalars(select(GenerationRow.value)).one()
 
     def experts(self, tenant: str | None = None, states: Collection[State] = (State.ACTIVE,)) -> list[Expert]:
@@ -198,7 +168,7 @@ class Registry:
             .where(VersionRow.state.in_([str(state) for state in states]))
             .order_by(ExpertRow.name, VersionRow.number)
         )
-        with self._session() as session:
+        with self._changes.session() as session:
             found = [self._expert(row) for row in session.scalars(query)]
         return [expert for expert in found if expert.visible_to(tenant)]
 
@@ -207,12 +177,12 @@ class Registry:
 
         Raises ExpertNotFound, also for another tenant's private expert; VersionNotFound.
         """
-        with self._session() as session:
+        with self._changes.session() as session:
             return self._expert(self._version(self._row(session, name, tenant), version))
 
     def versions(self, name: str, tenant: str | None = None) -> list[Expert]:
         """Every version of a name, oldest first. Raises ExpertNotFound."""
-        with self._session() as session:
+        with self._changes.session() as session:
             return [self._expert(row) for row in self._row(session, name, tenant).versions]
 
     def events(self, name: str | None = None) -> list[Event]:
@@ -221,7 +191,7 @@ class Registry:
         if name is not None:
             query = query.where(EventRow.expert == name)
         fields = tuple(Event.model_fields)
-        with self._session() as session:
+        with self._changes.session() as session:
             return [Event(**{field: getattr(row, field) for field in fields}) for row in session.scalars(query)]
 
     # Registering
@@ -245,9 +215,9 @@ class Registry:
                 refused=fetched.refused,
             )
             reasons = [*name_reasons(proposal.name, self._reserved), *fetched.reasons, *against]
-            with self._session() as session:
+            with self._changes.session() as session:
                 row = self._find(session, proposal.name)
-                reasons += self._name_taken(row, proposal)
+                reasons += self._name_taken(session, row, proposal)
                 if info is not None:
                     reasons += self._content_taken(session, proposal, staged.digest)
             if info is None or reasons:
@@ -279,10 +249,10 @@ class Registry:
             raise InvalidTransition("A new version is registered as staged, active or quarantined, not as retired.")
         proposal, expert = prepared.proposal, prepared.expert
         matrices = {encoder: _matrix(values) for encoder, values in (prototypes or {}).items()}
-        with self._change(proposal.owner) as change:
+        with self._changes.change(proposal.owner) as change:
             session = change.session
             row = self._find(session, expert.name)
-            against = self._name_taken(row, proposal) + self._content_taken(session, proposal, expert.digest)
+            against = self._name_taken(session, row, proposal) + self._content_taken(session, proposal, expert.digest)
             if against:
                 raise ExpertRefused(expert.name, against)
             if row is None:
@@ -325,7 +295,7 @@ class Registry:
 
         Raises ExpertNotFound, VersionNotFound, NotOwner, InvalidTransition.
         """
-        with self._change(tenant) as change:
+        with self._changes.change(tenant) as change:
             row = self._version(self._owned(change.session, name, tenant), version)
             if row.state == State.QUARANTINED and not force:
                 raise InvalidTransition(
@@ -342,7 +312,7 @@ class Registry:
 
         Rolling back twice is back at the start. Raises InvalidTransition when there is nothing to return to.
         """
-        with self._change(tenant) as change:
+        with self._changes.change(tenant) as change:
             rows = self._owned(change.session, name, tenant).versions
             earlier = [row for row in rows if row.activated and row.state == State.RETIRED]
             if not earlier:
@@ -354,7 +324,7 @@ class Registry:
 
     def retire(self, name: str, *, tenant: str | None = None) -> Expert:
         """Take the active version out of service; `promote` or `rollback` bring it back. Raises VersionNotFound."""
-        with self._change(tenant) as change:
+        with self._changes.change(tenant) as change:
             row = self._version(self._owned(change.session, name, tenant), None)
             change.enter(row, State.RETIRED)
             change.record("retire", name, row.number)
@@ -370,7 +340,7 @@ class Registry:
         tenant: str | None = None,
     ) -> Expert:
         """Take a version out of service because something is wrong with it; `checks` replace those on record."""
-        with self._change(tenant) as change:
+        with self._changes.change(tenant) as change:
             row = self._version(self._owned(change.session, name, tenant), version)
             row.reasons = list(reasons)
             if checks is not None:
@@ -408,7 +378,7 @@ class Registry:
             }
         )
         wanted = {key: value for key, value in details.model_dump(mode="json").items() if value is not None}
-        with self._change(tenant) as change:
+        with self._changes.change(tenant) as change:
             row = self._version(self._owned(change.session, name, tenant), version)
             changed = {key: value for key, value in wanted.items() if value != getattr(row, key)}
             for key, value in changed.items():
@@ -426,7 +396,7 @@ class Registry:
 
         Raises ExpertNotFound, VersionNotFound, NotOwner.
         """
-        with self._change(tenant) as change:
+        with self._changes.change(tenant) as change:
             expert = self._owned(change.session, name, tenant)
             if version is None:
                 change.record("remove", name)
@@ -454,19 +424,19 @@ class Registry:
         query = query.where(PrototypeRow.encoder == encoder)
         if ids is None:
             query = query.where(VersionRow.state == State.ACTIVE)
-        with self._session() as session:
+        with self._changes.session() as session:
             found = {self._expert(version).id: _array(prototype) for prototype, version in session.execute(query)}
         return found if ids is None else {key: found[key] for key in ids if key in found}
 
     def set_prototypes(self, name: str, version: int, encoder: str, prototypes: ArrayLike) -> None:
         """Keep a version's prototypes. Writing what is there already changes nothing, the generation included."""
         new = _prototype_row(encoder, _matrix(prototypes))
-        with self._session() as session:
+        with self._changes.session() as session:
             row = self._version(self._row(session, name, None), version)
             old = session.get(PrototypeRow, (row.id, encoder))
             if old is not None and (old.rows, old.columns, old.data) == (new.rows, new.columns, new.data):
                 return
-        with self._change(None) as change:
+        with self._changes.change(None) as change:
             new.version_id = self._version(self._row(change.session, name, None), version).id
             change.session.merge(new)
             change.record("prototypes", name, version, encoder=encoder)
@@ -480,14 +450,14 @@ class Registry:
 
         Raises ExpertNotFound, VersionNotFound.
         """
-        with self._session() as session:
+        with self._changes.session() as session:
             row = self._version(self._row(session, name, tenant), version)
             kept = session.get(TensorsRow, (row.id, key))
             return None if kept is None else unpack(kept.data)
 
     def tensor_keys(self, name: str, version: int | None = None, tenant: str | None = None) -> list[str]:
         """The keys under which a version (by default the active one) keeps tensors, sorted."""
-        with self._session() as session:
+        with self._changes.session() as session:
             row = self._version(self._row(session, name, tenant), version)
             query = select(TensorsRow.key).where(TensorsRow.version_id == row.id)
             return sorted(session.scalars(query))
@@ -501,7 +471,7 @@ class Registry:
         Raises as `get` does, NotOwner, and ValueError for what cannot be stored (`adapters_registry.tensors`).
         """
         data = pack(key, tensors)
-        with self._change(tenant) as change:
+        with self._changes.change(tenant) as change:
             session = change.session
             row = self._version(self._owned(session, name, tenant), version)
             kept = session.get(TensorsRow, (row.id, key))
@@ -511,32 +481,14 @@ class Registry:
 
     # Inside
 
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        with explained(self._data_dir), Session(self._engine, expire_on_commit=False) as session:
-            yield session
-
-    @contextmanager
-    def _change(self, actor: str | None) -> Iterator[_Change]:
-        """One change. Incrementing the counter first makes writers take turns, on SQLite and PostgreSQL alike.
-
-        When nothing is recorded, nothing has changed, and the counter stays where it was.
-        """
-        increment = update(GenerationRow).values(value=GenerationRow.value + 1).returning(GenerationRow.value)
-        with self._session() as session, session.begin() as transaction:
-            change = _Change(session, session.scalars(increment).one(), actor)
-            yield change
-            if not change.recorded:
-                transaction.rollback()
-
     def _find(self, session: Session, name: str) -> ExpertRow | None:
         return session.scalars(select(ExpertRow).where(ExpertRow.name == name)).one_or_none()
 
     def _row(self, session: Session, name: str, tenant: str | None) -> ExpertRow:
         row = self._find(session, name)
-        if row is None or not _visible(row, tenant):
+        if row is None or not row.visible_to(tenant):
             rows = session.scalars(select(ExpertRow))
-            raise ExpertNotFound(name, known=[each.name for each in rows if _visible(each, tenant)])
+            raise ExpertNotFound(name, known=[each.name for each in rows if each.visible_to(tenant)])
         return row
 
     def _owned(self, session: Session, name: str, tenant: str | None) -> ExpertRow:
@@ -551,9 +503,9 @@ class Registry:
                 return row
         raise VersionNotFound(expert.name, number, [f"{row.number} ({row.state})" for row in expert.versions])
 
-    def _name_taken(self, row: ExpertRow | None, proposal: Proposal) -> list[Reason]:
+    def _name_taken(self, session: Session, row: ExpertRow | None, proposal: Proposal) -> list[Reason]:
         if row is None:
-            return []
+            return list(taken_by_a_blend(session, proposal.name))
         owns = proposal.owner is None or proposal.owner == row.owner
         if owns and proposal.new_version:
             return []
@@ -564,7 +516,7 @@ class Registry:
         """Only what the caller may see counts: the same weights in another tenant's private expert stay a secret."""
         same = session.scalars(select(VersionRow).where(VersionRow.digest == digest).order_by(VersionRow.id))
         for row in same:
-            if _visible(row.expert, proposal.owner):
+            if row.expert.visible_to(proposal.owner):
                 where = f"'{row.expert.name}' version {row.number} ({row.state})"
                 message = f"The same adapter is registered already, as {where}."
                 return [SameContent("content_registered", message, row.expert.name, row.number)]
@@ -617,14 +569,14 @@ class Registry:
         )
 
     def _referenced(self, digest: str) -> bool:
-        with self._session() as session:
+        with self._changes.session() as session:
             return session.scalar(select(func.count()).where(VersionRow.digest == digest)) != 0
 
     def _discard(self, digest: str) -> None:
         self.store.discard(digest, self._referenced)
 
     def _refuse_other_base(self) -> None:
-        with self._session() as session:
+        with self._changes.session() as session:
             others = set(session.scalars(select(VersionRow.base_model).distinct()))
         others = {name for name in others if name.casefold() not in self.base.accepted}
         if others:
@@ -632,10 +584,6 @@ class Registry:
                 f"{self._data_dir} holds experts of base model {', '.join(sorted(others))}, not of '{self.base.name}'. "
                 "Use another data folder for each base model, or list the other name among this one's aliases."
             )
-
-
-def _visible(row: ExpertRow, tenant: str | None) -> bool:
-    return row.visibility == "public" or tenant is None or tenant == row.owner
 
 
 def _matrix(values: ArrayLike) -> FloatArray:

@@ -139,8 +139,8 @@ def name_reasons(name: str, reserved: Iterable[str]) -> list[Reason]:
         return [
             Reason(
                 "invalid_name",
-                f"{name[:80]!r} is not a name for an expert. Use 1 to 64 characters of a-z, 0-9, '.', '_' and '-', "
-                "starting with a letter or digit.",
+                f"{name[:80]!r} is not a name for an expert or a blend. Use 1 to 64 characters of a-z, 0-9, '.', '_' "
+                "and '-', starting with a letter or digit.",
             )
         ]
     if name in {each.casefold() for each in reserved}:

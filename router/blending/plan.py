@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from router.adapter import Adapter
@@ -20,6 +19,7 @@ from router.blending.cat import Cat
 from router.blending.errors import BlendError
 from router.blending.operator import BlendSettings, Operator, Share
 from router.blending.operators import operator_of
+from router.composite.membership import common_shapes, different_bases, listing, read_members, unpaired
 from router.composite.part import Part
 
 #: Operators that mean something for a single member, too.
@@ -116,32 +116,30 @@ def make_plan(
         chosen = operator_of(operator, settings)
     except BlendError as error:
         reasons += error.reasons
-    sources, broken = _read(parts)
+    named, broken = read_members(parts, lambda part: Source(part.path))
     reasons += broken
     if chosen is None or reasons:
         raise BlendError(reasons)
     weighed = dict(zip((part.id for part in parts), weights, strict=True))
-    reasons += _bases(parts, sources)
-    reasons += _unsupported(sources)
-    modules, conflicts = _shapes(sources)
-    reasons += conflicts
+    modules, conflicts = common_shapes(named)
+    reasons += [*different_bases(named), *_unsupported(named), *conflicts]
     reasons += chosen.refuse(weighed, list(modules))
     reasons += _rank(chosen.settings, max_rank)
-    reasons += _statistics(chosen, parts, sources, modules)
+    reasons += _statistics(chosen, named, modules)
     if reasons:
         raise BlendError(reasons)
-    merging, members = _merging(chosen, operator, parts, weights, sources)
+    merging, members = _merging(chosen, operator, named, weights)
     adapted = {module: shape for module, shape in modules.items() if any(module in m.source.adapted for m in members)}
     return Plan(merging, members, adapted, chosen.settings.rank or max_rank)
 
 
 def _merging(
-    chosen: Operator, name: str, parts: Sequence[Part], weights: Sequence[float], sources: Mapping[str, Source]
+    chosen: Operator, name: str, named: Sequence[tuple[Part, Source]], weights: Sequence[float]
 ) -> tuple[Operator, list[Member]]:
     """What merges, and the members that take part, in the order of their content."""
     members = [
-        Member(part, float(weight), sources[part.id])
-        for part, weight in zip(parts, chosen.weigh(weights), strict=True)
+        Member(part, float(weight), source)
+        for (part, source), weight in zip(named, chosen.weigh(weights), strict=True)
         if weight != 0
     ]
     if len(members) == 1 and name not in UNMERGED:
@@ -169,57 +167,15 @@ def check_weights(parts: Sequence[Part], weights: Sequence[float]) -> Iterator[s
         yield "All weights are zero, so nothing would be left; ask for the base model instead."
 
 
-def _read(parts: Sequence[Part]) -> tuple[dict[str, Source], list[str]]:
-    sources, reasons = {}, []
-    for part in parts:
-        try:
-            sources[part.id] = Source(part.path)
-        except (OSError, ValueError, SafetensorError) as error:
-            reasons.append(f"'{part.id}' cannot be read: {str(error).splitlines()[0]}")
-    return sources, reasons
-
-
-def _bases(parts: Sequence[Part], sources: Mapping[str, Source]) -> Iterator[str]:
-    """Folders say nothing about which weights are in them, so that of configurations only Hub ids count."""
-    bases: dict[str, list[str]] = {}
-    for part in parts:
-        declared = sources[part.id].config.base_model_name_or_path or ""
-        base = part.base_model or (declared if declared.count("/") == 1 and declared[0] not in "/.~" else None)
-        if base:
-            bases.setdefault(base.casefold(), []).append(part.id)
-    if len(bases) > 1:
-        listed = "; ".join(f"{base}: {_listing(ids)}" for base, ids in sorted(bases.items()))
-        yield f"The members are for different base models ({listed}); a blend never mixes them."
-
-
-def _unsupported(sources: Mapping[str, Source]) -> Iterator[str]:
-    for name, source in sources.items():
+def _unsupported(named: Sequence[tuple[Part, Source]]) -> Iterator[str]:
+    for part, source in named:
         if not source.adapted:
-            yield f"'{name}' adapts no module; there is nothing to blend."
+            yield f"'{part.id}' adapts no module; there is nothing to blend."
         if source.names.embeddings:
-            yield f"'{name}' adapts embeddings, which cannot be blended; serve it alone."
+            yield f"'{part.id}' adapts embeddings, which cannot be blended; serve it alone."
         if source.names.unexpected:
-            yield f"'{name}' has more than plain LoRA factors: {_listing(source.names.unexpected)}."
-        if odd := sorted(source.names.A.keys() ^ source.names.B.keys()):
-            yield f"'{name}' has only one of the two factors of {_listing(odd)}; it is damaged, register it again."
-
-
-def _shapes(sources: Mapping[str, Source]) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    modules: dict[str, tuple[int, int]] = {}
-    first: dict[str, str] = {}
-    conflicts: dict[tuple[str, str], str] = {}
-    for name, source in sources.items():
-        for module in source.adapted:
-            shape = source.shape(module)
-            if modules.setdefault(module, shape) != shape:
-                conflicts.setdefault(
-                    (first[module], name),
-                    f"'{first[module]}' and '{name}' are for different base models: {module} is "
-                    f"{' x '.join(map(str, modules[module]))} for the first and {' x '.join(map(str, shape))} for the "
-                    "second.",
-                )
-            first.setdefault(module, name)
-    return dict(sorted(modules.items())), list(conflicts.values())
+            yield f"'{part.id}' has more than plain LoRA factors: {listing(source.names.unexpected)}."
+        yield from unpaired(part, source)
 
 
 def _rank(settings: BlendSettings, max_rank: int) -> Iterator[str]:
@@ -230,19 +186,19 @@ def _rank(settings: BlendSettings, max_rank: int) -> Iterator[str]:
 
 
 def _statistics(
-    operator: Operator, parts: Sequence[Part], sources: Mapping[str, Source], modules: Mapping[str, tuple[int, int]]
+    operator: Operator, named: Sequence[tuple[Part, Source]], modules: Mapping[str, tuple[int, int]]
 ) -> Iterator[str]:
     """Statistics that the operator needs and a member does not bring, or brings in the wrong shape."""
     kind = operator.statistic
     if kind is None:
         return
-    for part in parts:
+    for part, source in named:
         stored = part.tensors.get(kind)
         if stored is None:
             yield f"'{part.id}' carries no '{kind}' statistics; compute and store them with the expert first."
             continue
-        if missing := sorted(sources[part.id].adapted - stored.keys()):
-            yield f"'{part.id}' lacks the '{kind}' statistics of {_listing(missing)}; compute them again."
+        if missing := sorted(source.adapted - stored.keys()):
+            yield f"'{part.id}' lacks the '{kind}' statistics of {listing(missing)}; compute them again."
         for module in sorted(stored.keys() & modules.keys()):
             d_out, d_in = modules[module]
             shape = (d_in, d_in) if kind == "gram" else (d_out, d_in)
@@ -251,8 +207,3 @@ def _statistics(
                 yield f"'{part.id}' has '{kind}' of shape {tuple(tensor.shape)} for {module}; it should be {shape}."
             elif not bool(tensor.isfinite().all()):
                 yield f"'{part.id}' has '{kind}' with NaN or infinite elements for {module}; compute them again."
-
-
-def _listing(things: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(things) - most} more" if len(things) > most else ""
-    return ", ".join(things[:most]) + more

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 
 from router.adapter import Adapter
+from router.composite.membership import common_shapes, different_bases, listing, read_members, unpaired
 from router.composite.parallel import in_threads
 from router.composite.part import CompositeError, Part
 from router.composite.statistics import statistics_key, tables_of
@@ -71,14 +71,14 @@ def make_plan(
 ) -> Plan:
     """Raises CompositeError with every reason that can be found: some keep it from looking further."""
     reasons = [*_membership(parts, general), *_setting_problems(gate, settings, compress)]
-    adapters, broken = _read([*parts, *([general] if general else [])])
+    named, broken = read_members([*parts, *([general] if general else [])], lambda part: Adapter(part.path))
     if broken or not parts:
         raise CompositeError([*reasons, *broken])
-    named = list(zip([*parts, *([general] if general else [])], adapters, strict=True))
-    modules, conflicts = _shapes(named)
-    reasons += [*_bases(named), *_unsupported(named), *conflicts]
+    modules, conflicts = common_shapes(named)
+    reasons += [*different_bases(named), *_unsupported(named), *conflicts]
     if reasons:
         raise CompositeError(reasons)
+    adapters = [adapter for _, adapter in named]
     subtracted = adapters.pop() if general else None
     rows = [_rows(adapter, subtracted, modules, compress) for adapter in adapters]
     layout, ready = _layout(parts, rows, gate, chosen_settings(gate, settings))
@@ -121,32 +121,9 @@ def _membership(parts: Sequence[Part], general: Part | None) -> Iterator[str]:
         names.setdefault(part.digest, []).append(part.id)
     for ids in names.values():
         if len(set(ids)) > 1:
-            yield f"{_listing(ids)} are the same adapter under different names; keep one of them."
+            yield f"{listing(ids)} are the same adapter under different names; keep one of them."
     if general is not None and general.digest in names:
         yield f"'{general.id}' is general knowledge and a member; nothing would be left of it."
-
-
-def _read(parts: Sequence[Part]) -> tuple[list[Adapter], list[str]]:
-    adapters, reasons = [], []
-    for part in parts:
-        try:
-            adapters.append(Adapter(part.path))
-        except (OSError, ValueError, SafetensorError) as error:
-            reasons.append(f"'{part.id}' cannot be read: {str(error).splitlines()[0]}")
-    return adapters, reasons
-
-
-def _bases(named: Named) -> Iterator[str]:
-    """Folders say nothing about which weights are in them, so that of configurations only Hub ids count."""
-    bases: dict[str, list[str]] = {}
-    for part, adapter in named:
-        declared = adapter.config.base_model_name_or_path or ""
-        base = part.base_model or (declared if declared.count("/") == 1 and declared[0] not in "/.~" else None)
-        if base:
-            bases.setdefault(base.casefold(), []).append(part.id)
-    if len(bases) > 1:
-        listed = "; ".join(f"{base}: {_listing(ids)}" for base, ids in sorted(bases.items()))
-        yield f"The experts are for different base models ({listed}); only experts of one base model fit together."
 
 
 def _unsupported(named: Named) -> Iterator[str]:
@@ -159,25 +136,8 @@ def _unsupported(named: Named) -> Iterator[str]:
         if not adapter.modules:
             yield f"'{part.id}' adapts nothing; it is damaged, register it again."
         if strange := adapter.names.unexpected:
-            yield f"'{part.id}' is more than LoRA factors ({_listing(strange)}), which stacking loses; serve it alone."
-        if odd := sorted(adapter.names.A.keys() ^ adapter.names.B.keys()):
-            yield f"'{part.id}' has only one of the two factors of {_listing(odd)}; it is damaged, register it again."
-
-
-def _shapes(named: Named) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """{module: (d_out, d_in)} of all modules, and contradictions."""
-    modules: dict[str, tuple[int, int]] = {}
-    first: dict[str, str] = {}
-    conflicts: dict[tuple[str, str], str] = {}
-    for part, adapter in named:
-        for module in sorted(adapter.names.A.keys() & adapter.names.B.keys()):
-            shape = adapter.shape(module)
-            known, owner = modules.setdefault(module, shape), first.setdefault(module, part.id)
-            if known != shape:
-                contrast = f"{known[0]} x {known[1]} for the first and {shape[0]} x {shape[1]} for the second"
-                conflicts.setdefault((owner, part.id), f"{module} is {contrast}")
-    reasons = [f"'{a}' and '{b}' are for different base models: {what}." for (a, b), what in conflicts.items()]
-    return dict(sorted(modules.items())), reasons
+            yield f"'{part.id}' is more than LoRA factors ({listing(strange)}), which stacking loses; serve it alone."
+        yield from unpaired(part, adapter)
 
 
 def _rows(
@@ -254,20 +214,15 @@ def _lacking(part: Part, key: str, shapes: Mapping[str, tuple[int, ...]], what: 
         yield f"'{part.id}' has no {what}; {advice}."
         return
     if missing := [name for name in shapes if name not in stored]:
-        yield f"'{part.id}' lacks {what} of {_listing(missing)}; {advice}."
+        yield f"'{part.id}' lacks {what} of {listing(missing)}; {advice}."
     wrong = [
         f"{name} ({tuple(stored[name].shape)} instead of {shape})"
         for name, shape in shapes.items()
         if name in stored and tuple(stored[name].shape) != shape
     ]
     if wrong:
-        yield f"'{part.id}' has {what} of another shape for {_listing(wrong)}; {advice}."
+        yield f"'{part.id}' has {what} of another shape for {listing(wrong)}; {advice}."
 
 
 def _name(part: Part) -> str:
     return part.id.partition("@")[0]
-
-
-def _listing(things: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(things) - most} more" if len(things) > most else ""
-    return ", ".join(things[:most]) + more

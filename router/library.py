@@ -66,6 +66,19 @@ class Library:
             self._made[key] = make()
         return self._made[key]  # type: ignore[return-value]
 
+    def spoiled(self, vector: Vectors) -> Mask:
+        """(n,) true for experts that answered a prompt badly which is more like this one (dim,) than any of their own.
+
+        The nearest-neighbour rule (Cover and Hart 1967) between what an expert is for and what it is not for.
+        """
+        bad: NDArray[np.float64] = np.full(len(self), -np.inf)
+        good = bad.copy()
+        for expert, refused in self.once("refused", lambda: [(k, r) for k, r in enumerate(self.refused) if len(r)]):
+            bad[expert] = (refused @ vector).max()
+            good[expert] = (self.prototypes[expert] @ vector).max(initial=-1.0)
+        nearer: Mask = bad > good + 1e-6  # the same prompt, praised and blamed, counts for the expert
+        return nearer
+
     def visible(self, tenant: str | None, allowed: Iterable[str] | None = None) -> Mask:
         """(n,) true for the experts `tenant` may use (None: the operator), of those `allowed` by name."""
         mask = self._visible.get(tenant, self._visible[""])

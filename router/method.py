@@ -95,10 +95,27 @@ def fitted(kind: type[M], library: Library, settings: MethodSettings, previous: 
     return library.once(key, lambda: kind.fit(library, settings, previous))
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a fitted method's scores compare: divided by the temperature they are log-odds; an expert whose score is
+    under its threshold does not answer (no thresholds: every one may)."""
+
+    temperature: float
+    thresholds: Mapping[str, float]
+
+
+def standing(method: Method, library: Library) -> Standing:
+    """Thresholds by expert's name."""
+    limits = () if method.thresholds is None else method.thresholds.tolist()
+    names = [expert.name for expert in library.experts]
+    return Standing(method.temperature, dict(zip(names, limits, strict=False)))
+
+
 def decide(name: str, method: Method, library: Library, query: Query, limit: int | None = None) -> Decision:
     """Score, rank, then abstain or choose. Lists the best `limit` candidates, None all that were scored.
 
-    Ties go to the first name. Scores that are not finite, and experts outside `query.among`, do not count.
+    Ties go to the first name. Scores that are not finite, and experts outside `query.among`, do not count; nor do
+    experts that answered a prompt badly which is nearer than any of their own.
     """
     if not np.isfinite(query.vector).all():
         return abstain(name, library, "the prompt's embedding is not finite")
@@ -106,10 +123,11 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
         return abstain(name, library, "no expert is available")
     scores = method.score(query)  # (n,)
     scores = np.where(query.among & np.isfinite(scores), scores, -np.inf)
+    scores, passed = without_spoiled(library, query, scores)
     order = np.argsort(-scores, kind="stable")  # experts stand in name order
     ranked: list[int] = order[: np.isfinite(scores).sum()].tolist()
     if not ranked:
-        return abstain(name, library, "no expert could be scored")
+        return abstain(name, library, _joined("no expert could be scored", passed))
 
     best = float(scores[ranked[0]])
     threshold = None if method.thresholds is None else float(method.thresholds[ranked[0]])
@@ -121,7 +139,7 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
     )
     if threshold is not None and best < threshold and not method.explores(query):
         why = f"best score {best:.3f} is under the threshold {threshold:.3f}"
-        return abstain(name, library, why, certainty, threshold, candidates)
+        return abstain(name, library, _joined(why, passed), certainty, threshold, candidates)
     choice = method.choose(query, scores, distinct(library, ranked))
     return Decision(
         method=name,
@@ -138,8 +156,22 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
         threshold=threshold,
         candidates=candidates,
         generation=library.generation,
-        reason=choice.reason,
+        reason=_joined(choice.reason, passed),
     )
+
+
+def without_spoiled(library: Library, query: Query, scores: Scores) -> tuple[Scores, str]:
+    """(n,) the scores, -inf for experts that users' feedback speaks against; and what is to be said about the best."""
+    spoiled = library.spoiled(query.vector)
+    best = int(scores.argmax())
+    why = ""
+    if spoiled[best] and np.isfinite(scores[best]):
+        why = f"{library.experts[best].name} was passed over: it answered a prompt badly that is nearer than its own"
+    return np.where(spoiled, -np.inf, scores), why
+
+
+def _joined(*reasons: str) -> str:
+    return "; ".join(filter(None, reasons))
 
 
 def distinct(library: Library, ranked: list[int]) -> list[int]:

@@ -20,7 +20,7 @@ from router.decision import Decision
 from router.encoder import Encoder, Vectors
 from router.errors import NotReady, RouterClosed, UnknownMethod
 from router.library import Library, Mask
-from router.method import Method, MethodSettings, Query, abstain, decide, fitted
+from router.method import Method, MethodSettings, Query, Standing, abstain, decide, fitted, standing
 from router.methods import METHODS, SERVED
 from router.text import BUDGET, shorten
 from router.versions import NOTHING, Learned
@@ -108,6 +108,18 @@ class Router:
     def learned(self) -> Learned:
         """What is known beside the registry."""
         return self._snapshot.library.learned if self._snapshot else NOTHING
+
+    def standing(self, method: str) -> Standing:
+        """What this method's scores mean in the snapshot being served. Raises UnknownMethod, NotReady."""
+        if method not in self._settings:
+            raise UnknownMethod(method, known=self.methods)
+        if (snapshot := self._snapshot) is None:
+            raise NotReady
+        return snapshot.library.once(("standing", method), lambda: standing(snapshot.methods[method], snapshot.library))
+
+    async def vector(self, text: str) -> Vector:
+        """(dim,) the embedding of a prompt as `route` reads it: remembered, when it has just been routed."""
+        return await self._batcher.encode(self._read(text))
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """(n, dim) embeddings of texts read as prompts are, to store as prototypes; blocks."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, Self
 
 import numpy as np
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 
 from adapters_registry.expert import Expert
 from router.decision import Decision
-from router.library import Library, build
-from router.method import Choice, Method, MethodSettings, Query, Scores, confidence, decide
+from router.library import Library, build, unit_rows
+from router.method import Choice, Method, MethodSettings, Query, Scores, confidence, decide, standing
 from router.methods.base import Base
+from router.methods.retrieval import Retrieval, RetrievalSettings
+from router.versions import Content, Learned, Rating
 
 MakeExpert = Callable[..., Expert]
 
@@ -138,3 +141,44 @@ def test_at_the_threshold_expert_and_base_model_are_equally_probable(library: Li
     sure = of(Fixed([-0.2, 0, 0], [0.3, 0, 0]), library, alone)
     assert unsure.kind == sure.kind == "base"
     assert 0.5 < unsure.confidence < sure.confidence < 1
+
+
+def test_an_expert_is_passed_over_for_prompts_like_those_it_answered_badly(words: Any, make_expert: MakeExpert) -> None:
+    experts = [make_expert("a", "spell the word cat", "spell the word dog"), make_expert("b", "name a city in peru")]
+    bad = words.encode(["spell the year out"])
+    content = Content(
+        number=1,
+        created_at=datetime.now(UTC),
+        ratings=(Rating(decision="1", expert="a", score=0.0),),
+        encoder="words",
+    )
+    library = build(experts, words.encode, words.dim, learned=Learned(content, bad), encoder="words")
+    method = Retrieval.fit(library, RetrievalSettings(threshold=-1))
+
+    def route(text: str) -> Decision:
+        return decide("retrieval", method, library, Query(text, words.encode([text])[0], np.ones(2, bool)))
+
+    spoiled = route("spell the year out")
+    assert [each.expert for each in spoiled.experts] == ["b"]
+    assert spoiled.reason == "a was passed over: it answered a prompt badly that is nearer than its own"
+    assert [each.expert for each in spoiled.candidates] == ["b"]
+    assert [each.expert for each in route("spell the word cat").experts] == ["a"], "its own prompts stay its own"
+
+
+def test_a_method_tells_how_its_scores_stand(library: Library) -> None:
+    assert standing(Fixed([0, 0, 0], [0.1, 0.2, 0.3]), library).thresholds == {"a": 0.1, "b": 0.2, "c": 0.3}
+    assert standing(Fixed([0, 0, 0]), library).thresholds == {}
+
+
+def test_whoever_is_spoiled_is_what_a_loop_over_all_vectors_says(make_expert: MakeExpert) -> None:
+    rng = np.random.default_rng(0)
+    rows = [unit_rows(rng.standard_normal((n, 4)).astype(np.float32)) for n in (3, 1, 0, 2)]
+    refused = [unit_rows(rng.standard_normal((n, 4)).astype(np.float32)) for n in (2, 0, 1, 3)]
+    experts = tuple(make_expert(name, name) for name in "abcd")
+    library = Library(experts, ((),) * 4, tuple(rows), tuple("abcd"), 4, refused=tuple(refused))
+    for vector in unit_rows(rng.standard_normal((50, 4)).astype(np.float32)):
+        slow = [
+            max((float(r @ vector) for r in bad), default=-2) > max((float(r @ vector) for r in good), default=-1)
+            for good, bad in zip(rows, refused, strict=True)
+        ]
+        assert library.spoiled(vector).tolist() == slow

@@ -6,13 +6,17 @@ from dataclasses import fields
 
 from router.method import Method
 from router.methods.base import Base
+from router.methods.centroids import Centroids
 from router.methods.gated import NAMES, TRAINED, gated
+from router.methods.knn import KNN
 from router.methods.random import Random
 from router.methods.retrieval import Retrieval
 from router.taxonomy import Reference, Taxonomy
 
 METHODS: dict[str, type[Method]] = {
     "retrieval": Retrieval,
+    "centroids": Centroids,
+    "knn": KNN,
     "random": Random,
     "base": Base,
     **{name: gated(name) for name in NAMES},

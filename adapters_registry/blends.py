@@ -114,6 +114,9 @@ class Blend(NewBlend):
     licences: tuple[LicenceNote, ...] = ()
     problems: tuple[str, ...] = ()
 
+    def visible_to(self, tenant: str | None) -> bool:
+        return self.visibility == "public" or tenant is None or tenant == self.owner
+
 
 @dataclass(frozen=True)
 class _Version:
@@ -323,11 +326,10 @@ def _experts(session: Session, members: Iterable[BlendMember]) -> _Experts:
 
 
 def _is_visible(row: BlendRow, experts: _Experts, tenant: str | None) -> bool:
-    """To its owner and the operator; to others when it and all of its members are, those that are gone aside."""
+    """To its owner and the operator; to others while neither it nor a member is private."""
     if tenant is None or tenant == row.owner:
         return True
-    members = [experts.get(each["expert"]) for each in row.members]
-    return row.visibility == "public" and all(each is None or each.visible_to(tenant) for each in members)
+    return row.visibility == "public" and not any(_is_private(experts.get(each["expert"])) for each in row.members)
 
 
 def _blend(row: BlendRow, experts: _Experts, tenant: str | None) -> Blend:

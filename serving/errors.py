@@ -67,6 +67,9 @@ TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (registry_errors.VersionNotFound, 404, "invalid_request_error", "version_not_found"),
     (registry_errors.ExpertNotFound, 404, "invalid_request_error", "expert_not_found"),
     (registry_errors.DecisionNotFound, 404, "invalid_request_error", "decision_not_found"),
+    (registry_errors.BlendNotFound, 404, "invalid_request_error", "blend_not_found"),
+    (registry_errors.BlendRefused, 422, "invalid_request_error", "blend_refused"),
+    (registry_errors.BlendUnusable, 409, "invalid_request_error", "blend_unusable"),
     (registry_errors.ExpertRefused, 422, "invalid_request_error", "expert_refused"),
     (registry_errors.SourceNotFound, 422, "invalid_request_error", "source_not_found"),
     (registry_errors.SourceGated, 422, "invalid_request_error", "source_gated"),
@@ -104,7 +107,7 @@ def error_response(error: Exception) -> JSONResponse:
     if status == 503:
         headers["retry-after"] = "5"
     body: dict[str, Any] = {"message": printable(message), "type": kind, "param": param, "code": code}
-    if isinstance(error, registry_errors.ExpertRefused):
+    if isinstance(error, registry_errors.ExpertRefused | registry_errors.BlendRefused):
         body["reasons"] = [{"code": reason.code, "message": printable(reason.message)} for reason in error.reasons]
     return JSONResponse({"error": body}, status_code=status, headers=headers)
 

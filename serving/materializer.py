@@ -110,6 +110,13 @@ class Materializer:
         finally:
             entry.users -= 1
 
+    async def plan(self, decision: Decision) -> Plan:
+        """What a `gate` or `blend` decision's adapter would be; nothing is built.
+
+        Raises CompositeError or BlendError with every reason against it, ExpertNotFound.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._planners, recipe_of(decision).plan, self._pantry)
+
     async def _entry(self, recipe: Recipe) -> Entry:
         while True:
             if (error := self._failed.get(recipe)) is not None:

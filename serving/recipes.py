@@ -15,9 +15,8 @@ from typing import Any, ClassVar, Literal
 
 from adapters_registry.expert import Expert
 from adapters_registry.lora import CONFIG
-from router.blending import LINEAGE, BlendError, Report, blend, blend_digest
+from router.blending import LINEAGE, OPERATORS, BlendError, Report, blend, blend_digest
 from router.blending.checking import check_blend, read_lineage
-from router.blending.operators import operator_of
 from router.blending.plan import make_plan as plan_blend
 from router.composite import CompositeError, Part, check_composite, compose, composite_digest, statistics_key
 from router.composite import plan as plan_composite
@@ -122,9 +121,7 @@ class CompositeRecipe(Recipe):
         keys = needed_tensors(gate, settings, len(self.members), general, self.compress)
         parts = [self._part(pantry, each, keys) for each in self.members]
         prepared: dict[str, Any] = {"general": general, "compress": self.compress}
-        plan_composite(
-            parts, gate, settings, max_rank=pantry.max_rank, **prepared
-        )  # raises every reason against it
+        plan_composite(parts, gate, settings, max_rank=pantry.max_rank, **prepared)  # raises every reason against it
         digest = composite_digest(parts, gate, settings, **prepared)
 
         def build(folder: Path) -> Sequence[str]:
@@ -159,7 +156,7 @@ class BlendRecipe(Recipe):
 
     def plan(self, pantry: Pantry) -> Plan:
         settings, limit = json.loads(self.settings), pantry.max_rank
-        statistic = operator_of(self.operator, settings).statistic
+        statistic = getattr(OPERATORS.get(self.operator), "statistic", None)
         keys = () if statistic is None else (statistic,)
         parts, weights = merged([pantry.part(each, keys) for each in self.members], self.weights)
         plan_blend(parts, weights, self.operator, settings, limit)  # raises every reason against it

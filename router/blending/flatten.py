@@ -63,8 +63,8 @@ def _against(blend: Nested, operator: str) -> Iterator[str]:
     name = f"Blend '{blend.name}'"
     if operator not in SUMS:
         yield (
-            f"{name} cannot be a member of a '{operator}' blend, which is no weighted sum ({', '.join(SUMS)} are): name "
-            "its members instead."
+            f"{name} cannot be a member of a '{operator}' blend, which is no weighted sum (as {', '.join(SUMS)} are): "
+            "name its members instead."
         )
     elif blend.operator not in SUMS:
         yield f"{name} is a '{blend.operator}' blend, which is no weighted sum of its members: name them instead."

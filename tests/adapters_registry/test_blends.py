@@ -313,8 +313,9 @@ class TestTenants:
         registry.blends.create(new("one", a, anns, owner="bob"))
         assert registry.blends.get("one", "eve").problems == ()
         registry.update("anns", visibility="private", tenant="ann")
-        with pytest.raises(BlendNotFound):
-            registry.blends.get("one", "eve")
+        for tenant in ("eve", "ann"):
+            with pytest.raises(BlendNotFound):
+                registry.blends.get("one", tenant)
         hidden = registry.blends.get("one", "bob")
         registry.remove("anns", tenant="ann")
         assert registry.blends.get("one", "bob") == hidden, "to who may not see it, hidden is gone"

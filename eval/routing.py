@@ -1,111 +1,94 @@
-"""How well retrieval routes, abstains and knows when it is right, on text alone (no adapter weights).
+"""How well a router routes, on text alone: experts stand for themselves with samples, and have no weights.
 
-    python -m eval.routing ../shared/routebench [--half tune|report|all] [--backend torch|onnx|onnx-int8] ...
-
-`ni150` is measured in its three forms, `flan48` and `paraphrase` in one each, with prompts of tasks that are
-not registered (or requests to a voice assistant) as the out-of-domain ones; the quickstart testbed with both.
-The defaults of `router.methods.retrieval` were chosen on the `tune` half (every other task, every other
-out-of-domain prompt); what is reported is the other half.
+What is measured is `router.router.Router`, the way a server uses it: `refresh` with the experts, then one `route`
+to a prompt. Figures follow from its decisions alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Any
 
 import numpy as np
-import typer
-from rich.console import Console
-from rich.progress import track
+from numpy.typing import NDArray
 
 from adapters_registry.expert import Expert, Sample, State
-from router.encoder import Backend, Encoder, Vectors, load_encoder
+from eval import metrics
+from eval.encodings import Remembering
+from eval.intervals import RESAMPLES, Estimate, Groups, estimate
+from eval.prompts import Prompt, Prompts
+from router.decision import Decision
+from router.encoder import Vectors
 from router.library import Library, build
-from router.method import Method, Query, decide
-from router.methods.retrieval import Retrieval, RetrievalSettings, Scoring
-from router.text import BUDGET, JOINT, shorten
+from router.router import Router, RouterSettings
 
-Half = Literal["tune", "report", "all"]
-Prompt = tuple[str, str]  # task, text
-QUICKSTART = "quickstart, instruction-told"
+Tell = Callable[[str, int, int], None]
+Flags = NDArray[np.bool_]
+
+TIMED = 200  # prompts whose decisions are timed
+WARM_UP = 5
 
 
 @dataclass(frozen=True)
-class PromptSet:
-    """Prompts to register and to test with, each with its task, and prompts that belong to none."""
+class RouterSpec:
+    """A router to measure: a routing method with settings, and how the command line names it."""
 
     name: str
-    register: tuple[Prompt, ...]
-    test: tuple[Prompt, ...]
-    ood: tuple[str, ...]
-
-    def half(self, half: Half) -> tuple[list[int], slice]:
-        """Which test prompts (every other task's) and out-of-domain prompts; all stay registered."""
-        tasks = sorted({task for task, _ in self.register})
-        step = {"all": slice(None), "tune": slice(0, None, 2), "report": slice(1, None, 2)}[half]
-        mine = frozenset(tasks[step])
-        return [n for n, (task, _) in enumerate(self.test) if task in mine], step
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Shares in [0, 1].
+class Outcomes:
+    """What a router decided for n prompts, one entry to each.
 
-    top1, top3    the prompt's own expert is the best, one of the best three candidates
-    routed        it is the one that answers
-    lost          of the prompts whose own expert is the best, those left to the base model
-    ood_rejected  out-of-domain prompts left to the base model
-    ece           expected calibration error of `confidence`, in-domain and out-of-domain prompts alike
+    task        the prompt's own expert, "" or a source for prompts that belong to none
+    rank        of its own expert among the candidates, from 1; 0: it is no candidate
+    best        the best candidate, whether or not it answers; None: there is no candidate
+    margin      how far the best candidate's score is above the one that it needs to answer
+    confidence  that the decision is right
+    answered    whether an expert answers
     """
 
-    top1: float
-    top3: float
-    routed: float
-    lost: float
-    ood_rejected: float
-    ece: float
+    task: tuple[str, ...]
+    rank: metrics.Ranks
+    best: tuple[str | None, ...]
+    margin: metrics.Floats
+    confidence: metrics.Floats
+    answered: Flags
 
 
-def measure(method: Method, library: Library, test: Sequence[Prompt], vectors: Vectors, ood: Vectors) -> Measured:
-    """`vectors` (n, d) are the embeddings of the test prompts, `ood` (m, d) of out-of-domain ones."""
-    everyone = np.ones(len(library), bool)
-    own = [decide("own", method, library, Query("text", vector, everyone), limit=3) for vector in vectors]
-    other = [decide("ood", method, library, Query("text", vector, everyone), limit=0) for vector in ood]
+@dataclass(frozen=True)
+class Result:
+    """A router's figures; `confusions` are (own expert, best candidate, how often), most frequent first.
 
-    ranked = [[candidate.expert for candidate in decision.candidates] for decision in own]
-    first = np.array([task in names[:1] for (task, _), names in zip(test, ranked, strict=True)])
-    third = np.array([task in names for (task, _), names in zip(test, ranked, strict=True)])
-    selected = np.array([decision.kind != "base" for decision in own])
-    rejected = np.array([decision.kind == "base" for decision in other])
-    return Measured(
-        top1=first.mean(),
-        top3=third.mean(),
-        routed=(first & selected).mean(),
-        lost=(first & ~selected).sum() / max(first.sum(), 1),
-        ood_rejected=rejected.mean() if len(rejected) else np.nan,
-        ece=calibration_error(
-            np.array([decision.confidence for decision in own + other]),
-            np.concatenate([first & selected, rejected]),
-        ),
-    )
+    fit_s  seconds from experts whose samples are encoded to a router that serves them
+    """
 
+    router: RouterSpec
+    metrics: dict[str, Estimate]
+    confusions: tuple[tuple[str, str | None, int], ...]
+    fit_s: float
 
-def calibration_error(confidence: Vectors, right: Vectors, bins: int = 10) -> float:
-    """Mean distance between confidence and accuracy over bins of confidence, both (n,)."""
-    of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(confidence[of == b].sum() - right[of == b].sum()) for b in range(bins)]
-    return float(sum(gaps) / len(confidence))
+    def json(self) -> dict[str, Any]:
+        return {
+            "router": self.router.name,
+            "method": self.router.method,
+            "settings": dict(self.router.settings),
+            "metrics": {name: each.json() for name, each in self.metrics.items()},
+            "confusions": [{"task": task, "answered": best, "count": n} for task, best, n in self.confusions],
+            "fit_s": self.fit_s,
+        }
 
 
-def library_of(register: Sequence[Prompt], vectors: Vectors) -> Library:
-    """Each task as an expert without weights; `vectors` (n, d) are the prompts' embeddings."""
-    tasks = sorted({task for task, _ in register})
-    rows = {name: [n for n, (task, _) in enumerate(register) if task == name] for name in tasks}
-    experts = [
+def experts_of(samples: Mapping[str, Sequence[str]], descriptions: Mapping[str, str] | None = None) -> list[Expert]:
+    """Each task as an expert without weights."""
+    return [
         Expert(
             name=name,
             version=1,
@@ -116,104 +99,142 @@ def library_of(register: Sequence[Prompt], vectors: Vectors) -> Library:
             rank=1,
             target_modules=(),
             source="prompts",
-            samples=tuple(Sample(prompt=register[n][1]) for n in rows[name]),
+            description=(descriptions or {}).get(name, ""),
+            samples=tuple(Sample(prompt=text) for text in texts),
         )
-        for name in tasks
+        for name, texts in samples.items()
     ]
+
+
+def library_of(register: Sequence[Prompt], vectors: Vectors) -> Library:
+    """Each task as an expert without weights; `vectors` (n, d) are the prompts' embeddings."""
+    rows: dict[str, list[int]] = {}
+    for number, (task, _) in enumerate(register):
+        rows.setdefault(task, []).append(number)
+    experts = experts_of({task: [register[n][1] for n in mine] for task, mine in rows.items()})
     stored = {expert.id: vectors[rows[expert.name]] for expert in experts}
     return build(experts, lambda texts: vectors[:0], vectors.shape[1], stored=stored)
 
 
-def prompt_sets(folder: Path) -> Iterator[PromptSet]:
-    """The sets in a routebench folder."""
-    spoken = tuple(
-        row["instance"] for row in _rows(folder / "scale/test.jsonl") if row["task"].startswith(("clinc_", "hwu_"))
+def measure(
+    spec: RouterSpec,
+    prompts: Prompts,
+    encoder: Remembering,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    tell: Tell = lambda what, done, total: None,
+) -> Result:
+    """Fit the router to the registered prompts, route all others, and time some. Blocks for as long as that takes."""
+    experts = experts_of(prompts.samples, prompts.descriptions)
+    encoder.prepare(prompts.texts())
+    router = Router(encoder, RouterSettings(method=spec.method, methods={spec.method: dict(spec.settings)}))
+    try:
+        started = time.perf_counter()
+        router.refresh(experts)
+        fit_s = time.perf_counter() - started
+        everything = [*prompts.test, *prompts.ood]
+        decisions = []
+        for done, (_, text) in enumerate(everything):
+            tell(spec.name, done, len(everything))
+            decisions.append(router.route_sync(text, limit=None))
+        own = outcomes(prompts.test, decisions[: len(prompts.test)])
+        other = outcomes(prompts.ood, decisions[len(prompts.test) :])
+        with encoder.fresh():
+            milliseconds = timings(router, prompts.test)
+    finally:
+        router.close()
+    figures = figures_of(own, other, prompts.clusters)
+    figures["p50_ms"], figures["p95_ms"] = (_percentile(milliseconds, share) for share in (50, 95))
+    estimates: dict[str, Estimate] = {}
+    for name, (statistic, populations) in figures.items():
+        tell(f"{spec.name}: intervals", len(estimates), len(figures))
+        estimates[name] = estimate(statistic, populations, resamples=resamples, seed=seed)
+    return Result(spec, estimates, confusions(own), fit_s)
+
+
+def outcomes(prompts: Sequence[Prompt], decisions: Sequence[Decision]) -> Outcomes:
+    """The decisions must list all candidates."""
+    ranked = [[candidate.expert for candidate in decision.candidates] for decision in decisions]
+    return Outcomes(
+        task=tuple(task for task, _ in prompts),
+        rank=np.array(
+            [names.index(task) + 1 if task in names else 0 for (task, _), names in zip(prompts, ranked, strict=True)],
+            np.int64,
+        ),
+        best=tuple(names[0] if names else None for names in ranked),
+        margin=np.array([_margin(decision) for decision in decisions], np.float64),
+        confidence=np.array([decision.confidence for decision in decisions], np.float64),
+        answered=np.array([decision.kind != "base" for decision in decisions], bool),
     )
-    ni = {part: _rows(folder / f"ni150/{part}.jsonl") for part in ("register", "test", "ood")}
-    for form in ("instance", "brief", "instruct"):
-        register, test = (tuple((row["task"], row[form]) for row in ni[part]) for part in ("register", "test"))
-        yield PromptSet(f"ni150 {form}", register, test, tuple(row[form] for row in ni["ood"]))
-    register, test = (
-        tuple((row["task"], row["prompt"]) for row in _rows(folder / f"flan48/{part}.jsonl"))
-        for part in ("register", "test")
+
+
+def _margin(decision: Decision) -> float:
+    best = decision.candidates[0].score if decision.candidates else -np.inf
+    return best - (decision.threshold or 0.0)
+
+
+def timings(router: Router, prompts: Sequence[Prompt]) -> metrics.Floats:
+    """Milliseconds to a decision, for prompts that are spread evenly over all of these, one at a time."""
+    spread = np.linspace(0, len(prompts) - 1, min(TIMED, len(prompts))).astype(int)
+    texts = [prompts[n][1] for n in spread]
+    for text in texts[:WARM_UP]:
+        router.route_sync(text)
+    return np.array([router.route_sync(text).timings["total"] for text in texts], np.float64)
+
+
+Figure = tuple[Callable[..., float], Sequence[Groups]]
+
+
+def figures_of(own: Outcomes, other: Outcomes, clusters: Mapping[str, str]) -> dict[str, Figure]:
+    """Every figure, as a function of rows, and the prompts whose rows it takes."""
+    tests, strangers = Groups(own.task), Groups([task or n for n, task in enumerate(other.task)])
+    cluster = {task: clusters.get(task, task) for task in {*own.task, *own.best, *clusters} if task is not None}
+    near = np.array(
+        [best is not None and cluster[task] == cluster[best] for task, best in zip(own.task, own.best, strict=True)]
     )
-    yield PromptSet("flan48", register, test, spoken)
-    rows = _rows(folder / "paraphrase/prompts.jsonl")
-    register, test = (
-        tuple((row["task"], row["prompt"]) for row in rows if (row["split"] == "register") == registered)
-        for registered in (True, False)
-    )
-    yield PromptSet("paraphrase", register, test, spoken)
+    right = (own.rank == 1) & own.answered
+    margins = _ranked(np.concatenate([own.margin, other.margin]))
+    mine, theirs = np.split(margins, [len(own.task)])
+
+    figures: dict[str, Figure] = {
+        "top1": (lambda rows: metrics.top(own.rank[rows], 1), [tests]),
+        "top3": (lambda rows: metrics.top(own.rank[rows], 3), [tests]),
+        "mrr": (lambda rows: metrics.reciprocal_rank(own.rank[rows]), [tests]),
+    }
+    if clusters:
+        figures["cluster_top1"] = (lambda rows: float(near[rows].mean()), [tests])
+    figures["routed"] = (lambda rows: float(right[rows].mean()), [tests])
+    figures["abstained"] = (lambda rows: float(1 - own.answered[rows].mean()), [tests])
+    if len(strangers):
+        figures["auroc"] = (lambda rows, others: metrics.auroc(mine[rows], theirs[others]), [tests, strangers])
+        figures["fpr95"] = (
+            lambda rows, others: metrics.false_positives(mine[rows], theirs[others]),
+            [tests, strangers],
+        )
+        figures["false_accepts"] = (lambda others: float(other.answered[others].mean()), [strangers])
+        figures["ece"] = (
+            lambda rows, others: metrics.calibration_error(
+                np.concatenate([own.confidence[rows], other.confidence[others]]),
+                np.concatenate([right[rows], ~other.answered[others]]),
+            ),
+            [tests, strangers],
+        )
+    else:
+        figures["ece"] = (lambda rows: metrics.calibration_error(own.confidence[rows], right[rows]), [tests])
+    return figures
 
 
-def quickstart_set() -> PromptSet:
-    """The quickstart testbed's experts that are told by the instruction."""
-    from eval.testbed.dataset import samples, tests
-    from eval.testbed.ood import OOD
-    from eval.testbed.tasks import TASKS
-
-    told = [task for task in TASKS if not task.name.startswith("transform")]
-    register = tuple((task.name, row["prompt"]) for task in TASKS for row in samples(task, seed=0))
-    test = tuple((task.name, row["prompt"]) for task in told for row in tests(task, seed=0))
-    return PromptSet(QUICKSTART, register, test, OOD)
+def _percentile(values: metrics.Floats, percent: float) -> Figure:
+    return lambda rows: float(np.percentile(values[rows], percent)), [Groups(range(len(values)))]
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def _ranked(values: metrics.Floats) -> metrics.Floats:
+    """(n,) -> (n,) in the same order, but finite."""
+    return np.unique(values, return_inverse=True)[1].astype(np.float64)
 
 
-class Embedder:
-    """Embeds texts as the router does, keeping the result in a folder if there is one."""
-
-    def __init__(self, encoder: Encoder, folder: Path | None = None) -> None:
-        self._encoder = encoder
-        self._folder = folder
-
-    def __call__(self, texts: Sequence[str], what: str = "") -> Vectors:
-        short = [shorten(text.strip(), BUDGET) for text in texts]
-        key = hashlib.sha256("\0".join([self._encoder.id, *short]).encode()).hexdigest()[:24]
-        file = self._folder / f"{key}.npy" if self._folder else None
-        if file and file.exists():
-            found: Vectors = np.load(file)
-            return found
-        vectors = np.zeros((len(short), self._encoder.dim), np.float32)
-        for start in track(range(0, len(short), 64), what, console=Console(stderr=True), disable=not what):
-            vectors[start : start + 64] = self._encoder.encode(short[start : start + 64])
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, vectors)
-        return vectors
-
-
-def main(
-    folder: Annotated[Path, typer.Argument(help="A routebench folder.", exists=True, file_okay=False)],
-    half: Annotated[Half, typer.Option()] = "report",
-    cache: Annotated[Path | None, typer.Option(help="Keep embeddings here.")] = None,
-    only: Annotated[str, typer.Option(help="Sets whose name starts like this.")] = "",
-    threshold: Annotated[float | None, typer.Option(help="One for all experts, not each its own.")] = None,
-    prefix: Annotated[str, typer.Option(help="Encoder's instruction, before every text.")] = "",
-    system: Annotated[str, typer.Option(help="System message, before every test prompt.")] = "",
-    backend: Annotated[Backend, typer.Option(help="What runs the encoder.")] = "auto",
-) -> None:
-    """Print a Markdown table: every set and scoring of retrieval, with its default threshold."""
-    embed = Embedder(load_encoder(backend=backend, prefix=prefix), cache)
-    columns = [field.name.replace("_", " ") for field in fields(Measured)]
-    typer.echo(f"| set | scoring | {' | '.join(columns)} |\n|---|---|{'---:|' * len(columns)}")
-    before = f"{system}{JOINT}" if system else ""
-    for each in (*prompt_sets(folder), quickstart_set()):
-        if not each.name.startswith(only):
-            continue
-        tested, step = each.half("all" if each.name == QUICKSTART else half)
-        library = library_of(each.register, embed([text for _, text in each.register], each.name))
-        vectors = embed([before + text for _, text in each.test], each.name)[tested]
-        ood = embed([before + text for text in each.ood], each.name)[step]
-        for scoring in get_args(Scoring):
-            method = Retrieval.fit(library, RetrievalSettings(scoring=scoring, threshold=threshold))
-            result = measure(method, library, [each.test[n] for n in tested], vectors, ood)
-            cells = [f"{getattr(result, field.name):.3f}" for field in fields(Measured)]
-            typer.echo(f"| {each.name} | {scoring} | {' | '.join(cells)} |")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def confusions(own: Outcomes) -> tuple[tuple[str, str | None, int], ...]:
+    wrong = Counter((task, best) for task, best, rank in zip(own.task, own.best, own.rank, strict=True) if rank != 1)
+    ordered = sorted(wrong.items(), key=lambda item: (-item[1], item[0][0], item[0][1] or ""))
+    return tuple((task, best, count) for (task, best), count in ordered)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from eval.routing import prompt_sets, quickstart_set
+from eval.routebench import prompt_sets, quickstart_set
 from router import onnx as onnx_module
 from router.encoder import Backend, SentenceTransformerEncoder, Vectors, bundled_minilm, fingerprint, load_encoder
 from router.errors import UnknownEncoder, UnsupportedEncoder
@@ -80,7 +80,7 @@ def test_int8_is_close_to_torch_on_the_testbed_and_has_an_id_of_its_own(
 def test_both_are_close_to_torch_on_real_prompts(
     fp32: OnnxEncoder, int8: OnnxEncoder, minilm: SentenceTransformerEncoder
 ) -> None:
-    texts = [text for each in prompt_sets(ROUTEBENCH) for text in some([text for _, text in each.test], 8)]
+    texts = [text for read in prompt_sets(ROUTEBENCH).values() for text in some([text for _, text in read().test], 8)]
     exact = minilm.encode(texts)
     assert cosines(fp32.encode(texts), exact).min() > 0.9999
     assert cosines(int8.encode(texts), exact).min() > 0.99

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.routing import Embedder, Prompt, library_of, measure, prompt_sets
+from eval.metrics import top
+from eval.prompts import Prompt
+from eval.routebench import prompt_sets
+from eval.routing import library_of, outcomes
 from router.encoder import SentenceTransformerEncoder
-from router.method import Query
+from router.method import Query, decide
 from router.methods.retrieval import Retrieval, RetrievalSettings
 
 FOLDER = Path(__file__).parents[3] / "shared" / "routebench"
@@ -47,11 +50,11 @@ def test_retrieval_reaches_the_measured_baseline_and_faiss_agrees_with_numpy(
     form: str, minilm: SentenceTransformerEncoder
 ) -> None:
     samples, tests, top1, top3 = CASES[form]
-    prompts = next(each for each in prompt_sets(FOLDER) if each.name == f"ni150 {form}")
-    register, test = first(prompts.register, samples), first(prompts.test, tests)
-    embed = Embedder(minilm)
-    library = library_of(register, embed([text for _, text in register]))
-    vectors = embed([text for _, text in test])
+    prompts = prompt_sets(FOLDER)[f"ni150 {form}"]()
+    register = [(task, text) for task, texts in prompts.samples.items() for text in texts[:samples]]
+    test = first(prompts.test, tests)
+    library = library_of(register, minilm.encode([text for _, text in register]))
+    vectors = minilm.encode([text for _, text in test])
     assert len(library) == 150
 
     method = Retrieval.fit(library, RetrievalSettings(scoring="centroid"))
@@ -61,6 +64,6 @@ def test_retrieval_reaches_the_measured_baseline_and_faiss_agrees_with_numpy(
     for vector in vectors:
         np.testing.assert_allclose(method.score(Query("", vector, everyone)), centroids @ vector, atol=2e-6)
 
-    result = measure(method, library, test, vectors, vectors[:0])
-    assert result.top1 == pytest.approx(top1, abs=0.01)
-    assert result.top3 == pytest.approx(top3, abs=0.01)
+    found = outcomes(test, [decide("centroid", method, library, Query("", vector, everyone), 3) for vector in vectors])
+    assert top(found.rank, 1) == pytest.approx(top1, abs=0.01)
+    assert top(found.rank, 3) == pytest.approx(top3, abs=0.01)

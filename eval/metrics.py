@@ -1,0 +1,42 @@
+"""Figures of merit for routing: ranks, calibration, and how well a score tells two kinds of prompts apart."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score, roc_curve  # type: ignore[import-untyped]
+
+Floats = NDArray[np.float64]
+Ranks = NDArray[np.int64]  # 1: the best; 0: not ranked
+
+
+def top(ranks: Ranks, k: int) -> float:
+    """Share of prompts (n,) whose own expert is among the best k."""
+    return float(((ranks >= 1) & (ranks <= k)).mean())
+
+
+def reciprocal_rank(ranks: Ranks) -> float:
+    """Mean over prompts (n,) of 1 / rank of their own expert, 0 where it is not ranked."""
+    return float(np.divide(1.0, ranks, out=np.zeros(len(ranks)), where=ranks > 0).mean())
+
+
+def auroc(inside: Floats, outside: Floats) -> float:
+    """P(inside > outside) + P(inside = outside) / 2, of one score (n,) against another (m,)."""
+    return float(roc_auc_score(*_labelled(inside, outside)))
+
+
+def false_positives(inside: Floats, outside: Floats, recall: float = 0.95) -> float:
+    """Share of `outside` (m,) accepted by the highest threshold that accepts a share `recall` of `inside` (n,)."""
+    wrongly, rightly, _ = roc_curve(*_labelled(inside, outside), drop_intermediate=False)
+    return float(wrongly[np.argmax(rightly >= recall)])
+
+
+def _labelled(inside: Floats, outside: Floats) -> tuple[NDArray[np.bool_], Floats]:
+    return np.arange(len(inside) + len(outside)) < len(inside), np.concatenate([inside, outside])
+
+
+def calibration_error(confidence: Floats, right: NDArray[np.bool_], bins: int = 10) -> float:
+    """Expected calibration error: mean distance between confidence and accuracy over bins of confidence, both (n,)."""
+    of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(of, confidence, bins) - np.bincount(of, right, bins)
+    return float(np.abs(gaps).sum() / len(confidence))

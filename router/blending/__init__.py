@@ -61,9 +61,10 @@ def blend(
 ) -> Report:
     """Merge `members` into a PEFT folder: float32, alpha = r, at most `max_rank`, with its lineage in blend.json.
 
-    The folder appears when it is complete, or not at all; it must not exist, or be empty. The same members, weights and
-    settings give the same bytes, in whatever order they are named. A single member is not merged, whatever the
-    operator: it is scaled by its weight, or left as it is where weights are relative. Members of weight 0 take no part.
+    The folder appears when it is complete, or not at all; it must not exist, be empty, or hold this blend already,
+    which then stays. The same members, weights and settings give the same bytes, in whatever order they are named. A
+    single member is not merged, whatever the operator: it is scaled by its weight, or left as it is where weights are
+    relative. Members of weight 0 take no part.
     Where a member does not adapt a module, it takes no part in that module.
     Raises BlendError with every reason, and OSError.
     """

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from router.lowrank import Factors
 from router.tensorfile import write_tensors
 
 LINEAGE = "blend.json"
+FRESH = 60  # seconds in which a draft may not have its lock yet
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,59 @@ class Report:
 
 
 def write_blend(folder: Path, plan: Plan, lineage: dict[str, Any]) -> Report:
-    """Write the adapter and its lineage; `folder` must not exist, or be empty. Raises OSError, leaving nothing."""
+    """Write the adapter and its lineage; `folder` must not exist, be empty, or hold this very blend already, which then
+    stays, also when another process was quicker. What killed processes began here is removed. Raises OSError, leaving
+    nothing.
+    """
+    if done := finished(folder, lineage["digest"]):
+        return done
     folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    lock = os.open(draft, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held for as long as this process lives
         report = _write(draft, plan, lineage)
         draft.chmod(0o755)  # mkdtemp's is private
-        draft.rename(folder)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not (done := finished(folder, lineage["digest"])):
+                raise
+            shutil.rmtree(draft)
+            return done
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
     return report
+
+
+def finished(folder: Path, digest: str) -> Report | None:
+    """The report of the blend that is there, if it is this one."""
+    try:
+        found = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if found["digest"] != digest:
+        return None
+    return Report(**{each.name: found[each.name] for each in fields(Report)})
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove drafts of this folder that no living process holds."""
+    for draft in folder.parent.glob(f".{glob.escape(folder.name)}-????????"):
+        if time.time() - draft.stat().st_mtime < FRESH:
+            continue
+        lock = os.open(draft, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(draft)
+        except BlockingIOError:
+            pass  # someone is at work on it
+        finally:
+            os.close(lock)
 
 
 def _write(folder: Path, plan: Plan, lineage: dict[str, Any]) -> Report:

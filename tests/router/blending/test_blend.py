@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -359,3 +361,42 @@ def test_a_blend_never_overwrites_another(tmp_path: Path, parts: list[Part]) -> 
     assert (tmp_path / "blend" / WEIGHTS).read_bytes() == before
     shutil.rmtree(tmp_path / "blend")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_blend_that_is_there_already_stays(
+    tmp_path: Path, parts: list[Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = blend(tmp_path / "blend", parts, [1.0] * 4, "svd", max_rank=64)
+    monkeypatch.setattr(blend_folder, "write_tensors", None)
+    assert blend(tmp_path / "blend", parts, [1.0] * 4, "svd", max_rank=64) == first
+    assert [each.name for each in tmp_path.iterdir()] == ["blend"]
+
+
+def test_of_two_that_build_the_same_the_second_finds_the_first_s(
+    tmp_path: Path, parts: list[Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, other = tmp_path / "blend", tmp_path / "other"
+    quicker = blend(other, parts, [1.0] * 4, max_rank=64)
+    write = blend_folder.write_tensors
+
+    def slow(path: Path, *args: Any) -> None:
+        write(path, *args)
+        other.rename(target)
+
+    monkeypatch.setattr(blend_folder, "write_tensors", slow)
+    assert blend(target, parts, [1.0] * 4, max_rank=64) == quicker
+    assert [each.name for each in tmp_path.iterdir()] == ["blend"]
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_work_on_stays(tmp_path: Path, parts: list[Part]) -> None:
+    left, held, fresh = (tmp_path / f".blend-{name * 8}" for name in "abc")
+    for draft in (left, held, fresh):
+        draft.mkdir()
+        (draft / WEIGHTS).write_bytes(b"half")
+    for draft in (left, held):
+        os.utime(draft, (0, 0))
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    blend(tmp_path / "blend", parts, [1.0] * 4, max_rank=64)
+    os.close(lock)
+    assert sorted(tmp_path.iterdir()) == [held, fresh, tmp_path / "blend"]

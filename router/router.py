@@ -22,6 +22,7 @@ from router.errors import NotReady, RouterClosed, UnknownMethod
 from router.library import Library, Mask
 from router.method import Method, MethodSettings, Query, Standing, abstain, decide, fitted, standing
 from router.methods import METHODS, SERVED
+from router.mixture import MixtureSettings
 from router.text import BUDGET, shorten
 from router.versions import NOTHING, Learned
 
@@ -98,6 +99,11 @@ class Router:
     def methods(self) -> tuple[str, ...]:
         """The methods served, the default first."""
         return tuple(sorted(self._settings, key=lambda name: name != self.settings.method))
+
+    def mixes(self, method: str) -> bool:
+        """Whether this method lets several experts answer, blended."""
+        settings = self._settings[method]
+        return isinstance(settings, MixtureSettings) and settings.top_k > 1
 
     @property
     def library(self) -> Library | None:

@@ -1,4 +1,4 @@
-"""`moerge: {...}` in a request's body: who should answer, with which gate, and whether to keep a trace."""
+"""`moerge: {...}` in a request's body: who should answer, weighed or merged how, and whether to keep a trace."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from adapters_registry.errors import ExpertNotFound
+from router.blending.operators import operator_of
+from router.blending.plan import UNMERGED
 from router.decision import Decision, Verdict, Weighted
 from router.gating import GATES
 from serving.errors import BadRequest
@@ -28,8 +30,9 @@ LARGEST = 1000.0
 class Extension(BaseModel):
     """experts   these answer, by name, instead of those that the router finds; or {name: weight}
     gate      how they are weighed: a gate's name; left out, by the weights given, or equally
-    settings  the gate's own
-    general   an expert of general knowledge, by name, that is subtracted from each (GenKnowSub)
+    operator  or how they are merged into one: an operator's name; without `experts`, how the router's mixture is
+    settings  the gate's or the operator's own
+    general   for a gate: an expert of general knowledge, by name, that is subtracted from each (GenKnowSub)
     compress  cut each to so many of its strongest directions, so that more of them fit
     trace     keep which experts each layer and token used: GET /v1/traces/<decision>
     """
@@ -38,6 +41,7 @@ class Extension(BaseModel):
 
     experts: dict[str, FiniteFloat | None] = Field(default_factory=dict)
     gate: str | None = None
+    operator: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     general: str | None = None
     compress: int | None = Field(default=None, ge=1)
@@ -60,19 +64,33 @@ class Extension(BaseModel):
     def _consistent(self) -> Extension:
         if self.gate is not None and self.gate not in GATES:
             raise ValueError(f"no gate {self.gate!r:.80}; there are {', '.join(GATES)}")
-        if self.settings and self.gate is None:
-            raise ValueError("'settings' are a gate's: name it in 'gate'")
+        if self.gate is not None and self.operator is not None:
+            raise ValueError("'gate' weighs experts for every token, 'operator' merges them: name only one")
+        if self.settings and self.gate is None and self.operator is None:
+            raise ValueError("'settings' are a gate's or an operator's: name it in 'gate' or 'operator'")
         if (self.general or self.compress) and not self.experts:
             raise ValueError("'general' and 'compress' prepare 'experts': name them")
         if self.general in self.experts:
             raise ValueError("an expert cannot be subtracted from itself")
-        if self.gate is not None:
+        if self.operator is not None:
+            operator_of(self.operator, self.settings)
+            if self.general or self.compress:
+                raise ValueError("'general' and 'compress' prepare experts for a gate, not for an operator")
+        elif self.gate is not None:
             GATES[self.gate].Settings.model_validate(self.settings)
+        return self
+
+    @model_validator(mode="after")
+    def _weights_that_suit(self) -> Extension:
         if self.weights is not None:
             if len(self.weights) < len(self.experts):
                 raise ValueError("give every expert a weight, or none")
             if max(map(abs, self.weights)) > LARGEST:
                 raise ValueError(f"weights are at most {LARGEST:g}, either way")
+            if self.operator is not None:
+                if not any(self.weights):
+                    raise ValueError("all weights are zero, so nothing would be left: ask for the base model instead")
+                return self
             if not GATES[self.chosen_gate].takes_weights and self.chosen_gate != "probe":
                 raise ValueError(f"the gate {self.gate!r} finds its weights itself: give 'experts' as a list")
             if self.chosen_gate != "constant" and min(self.weights) <= 0:
@@ -93,20 +111,29 @@ class Extension(BaseModel):
         return dict(settings.model_dump(mode="json"))
 
     def decision(self, service: Service, caller: Caller) -> Decision:
-        """The caller's own decision. Raises ExpertNotFound, also for another tenant's private expert."""
+        """The caller's own decision. Raises ExpertNotFound, also for another tenant's private expert.
+
+        Without an operator it is a constant gate's: whatever the weights, they share one composite, and travel with
+        the request.
+        """
         visible = {expert.name: expert for expert in service.experts(caller.tenant)}
         for name in [*self.experts, *filter(None, [self.general])]:
             if name not in visible:
                 raise ExpertNotFound(name, known=sorted(visible))
         given = self.weights or [1 / len(self.experts)] * len(self.experts)
-        total = math.fsum(given) if self.chosen_gate != "constant" else 1.0  # a prior's weights add up to 1
+        prior = self.operator is None and self.chosen_gate != "constant"
+        total = math.fsum(given) if prior else 1.0  # a prior's weights add up to 1
         weights = dict(zip(self.experts, given, strict=True))
         experts = tuple(
             Weighted(expert=name, id=visible[name].id, weight=weights[name] / total) for name in sorted(self.experts)
         )
         made = Decision(method="named", kind="select", experts=experts, confidence=1.0, generation=service.generation)
-        if len(experts) == 1 and experts[0].weight == 1:
+        if len(experts) == 1 and experts[0].weight == 1 and self.operator not in UNMERGED:
             return made
+        if self.operator is not None:
+            return made.model_copy(
+                update={"kind": "blend", "operator": self.operator, "operator_settings": self.settings}
+            )
         return made.model_copy(
             update={
                 "kind": "gate",
@@ -118,8 +145,21 @@ class Extension(BaseModel):
             }
         )
 
-    def applied(self, decision: Decision) -> Decision:
-        """The router's decision with the gate's settings that the request asks for. Raises BadRequest."""
+    def applied(self, decision: Decision, service: Service) -> Decision:
+        """The router's decision with the operator, or the gate's settings, that the request asks for.
+
+        Raises BadRequest.
+        """
+        if self.operator is not None:
+            if not service.router.mixes(decision.method):
+                raise BadRequest(
+                    f"'moerge.operator' merges several experts, and '{decision.method}' is not set to: name them in "
+                    "'moerge.experts', or set its top_k.",
+                    param="moerge",
+                )
+            if decision.kind != "blend":
+                return decision  # nobody else is near enough
+            return decision.model_copy(update={"operator": self.operator, "operator_settings": self.settings})
         if self.gate is not None and decision.method != self.gate:
             raise BadRequest(
                 f"'model' asks for '{decision.method}' and 'moerge.gate' for '{self.gate}'.", param="moerge"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -68,24 +68,36 @@ class Groups:
         """The same decision on a group's composite, when all its experts are in one; otherwise as it is.
 
         Experts of the group that the decision does not have get weight 0 where the gate reads weights. Other gates
-        weigh the whole group, which only decisions of the router may be widened to.
+        weigh the whole group, which only decisions of the router may be widened to. A blend by `cat` is the sum that
+        the gate `constant` computes, so it needs no adapter of its own.
         """
-        if decision.general or decision.compress:
+        if decision.kind == "blend":
+            exact = decision.operator == "cat" and decision.operator_settings.get("rank") is None
+            whole = self._around(decision, "constant") if exact else None
+            if whole is None:
+                return decision
+            weighed = {"kind": "gate", "gate": whole.gate, "gate_settings": whole.gate_settings}
+            return decision.model_copy(update={**weighed, "experts": masked(whole, decision)})
+        if decision.gate is None or decision.general or decision.compress:
             return decision
-        if decision.gate is None or (decision.gate not in MASKED and decision.method == "named"):
+        if decision.gate not in MASKED and decision.method == "named":
             return decision
-        ids = {each.id: each for each in decision.experts}
+        whole = self._around(decision, decision.gate, decision.gate_settings)
+        if whole is None:
+            return decision
+        experts = masked(whole, decision) if decision.gate in MASKED else whole.experts
+        return decision.model_copy(update={"experts": experts})
+
+    def _around(self, decision: Decision, gate: str, settings: Mapping[str, object] | None = None) -> Decision | None:
+        """The composite for this gate, with these settings, of a group that has all the decision's experts."""
+        ids = {each.id for each in decision.experts}
         for group in self._groups:
-            whole = group.gates.get(decision.gate)
-            if whole is None or whole.gate_settings != decision.gate_settings:
+            whole = group.gates.get(gate)
+            if whole is None or settings not in (None, whole.gate_settings):
                 continue
-            if not ids.keys() <= {each.id for each in whole.experts} or not self._serves(group):
-                continue
-            if decision.gate not in MASKED:
-                return decision.model_copy(update={"experts": whole.experts})
-            experts = tuple(ids.get(each.id, each.model_copy(update={"weight": 0.0})) for each in whole.experts)
-            return decision.model_copy(update={"experts": experts})
-        return decision
+            if ids <= {each.id for each in whole.experts} and self._serves(group):
+                return whole
+        return None
 
     def _serves(self, group: Group) -> bool:
         """Whether all its experts are still what they were: active, and public."""
@@ -172,6 +184,12 @@ class Groups:
     async def close(self) -> None:
         self._groups = ()
         await self._held.aclose()
+
+
+def masked(whole: Decision, decision: Decision) -> tuple[Weighted, ...]:
+    """The experts of a group's composite with the decision's weights, 0 for those that it does not have."""
+    weights = {each.id: each.weight for each in decision.experts}
+    return tuple(each.model_copy(update={"weight": weights.get(each.id, 0.0)}) for each in whole.experts)
 
 
 def gate_settings(service: Service, gate: str) -> dict[str, object]:

@@ -241,30 +241,39 @@ async def decide(
             raise BadRequest(f"'moerge.experts' answer instead of '{model:.80}': send 'model': 'auto'.", param="moerge")
         return extension.decision(service, caller)
     if model == AUTO or model.startswith(f"{AUTO}:"):
-        method = model.removeprefix(AUTO).removeprefix(":") or extension.gate
-        if model == f"{AUTO}:":
-            raise ModelNotFound(model)
-        text = routing_text(body, service.settings.router.budget)
-        try:
-            decision = await service.router.route(text, method=method, tenant=caller.tenant, limit=limit)
-        except UnknownMethod as error:
-            raise ModelNotFound(model if extension.gate is None else f"{AUTO}:{extension.gate}") from error
-        metrics.ROUTE_SECONDS.labels(decision.method).observe(decision.timings.get("total", 0.0) / 1e3)
-        return extension.applied(decision)
-    if extension.gate is not None:
-        raise BadRequest(f"'moerge.gate' needs 'model': 'auto'; '{model:.80}' answers itself.", param="moerge")
+        return await routed(service, model, body, caller, extension, limit)
+    if extension.gate is not None or extension.operator is not None:
+        what = "gate" if extension.gate is not None else "operator"
+        raise BadRequest(f"'moerge.{what}' needs 'model': 'auto'; '{model:.80}' answers itself.", param="moerge")
+    return await named(service, model, caller)
+
+
+async def routed(
+    service: Service, model: str, body: dict[str, Any], caller: Caller, extension: Extension, limit: int | None
+) -> Decision:
+    """What the router decides, for `auto` and `auto:<method>`."""
+    method = model.removeprefix(AUTO).removeprefix(":") or extension.gate
+    if model == f"{AUTO}:":
+        raise ModelNotFound(model)
+    text = routing_text(body, service.settings.router.budget)
+    try:
+        decision = await service.router.route(text, method=method, tenant=caller.tenant, limit=limit)
+    except UnknownMethod as error:
+        raise ModelNotFound(model if extension.gate is None else f"{AUTO}:{extension.gate}") from error
+    metrics.ROUTE_SECONDS.labels(decision.method).observe(decision.timings.get("total", 0.0) / 1e3)
+    return extension.applied(decision, service)
+
+
+async def named(service: Service, model: str, caller: Caller) -> Decision:
+    """Whom the client chose: the base model, or an expert by name."""
+    decision = Decision(method=NAMED, kind="base", confidence=1.0, generation=service.generation)
     if model == service.engine.base_model:
-        return Decision(method=NAMED, kind="base", confidence=1.0, generation=service.generation)
+        return decision
     expert = service.active(model)
     if expert is None or not expert.visible_to(caller.tenant):
         raise ModelNotFound(model)
-    return Decision(
-        method=NAMED,
-        kind="select",
-        experts=(Weighted(expert=expert.name, id=expert.id),),
-        confidence=1.0,
-        generation=service.generation,
-    )
+    experts = (Weighted(expert=expert.name, id=expert.id),)
+    return decision.model_copy(update={"kind": "select", "experts": experts})
 
 
 def requested_model(body: dict[str, Any]) -> str:

@@ -104,6 +104,14 @@ class EngineSettings(Section):
 class RouterSection(RouterSettings):
     """How prompts find experts: the router's own settings and the encoder they are for."""
 
+    stickiness: float = Field(
+        1.0,
+        ge=0,
+        description="Log-odds by which another expert must be better to take over a conversation; 0: each turn anew.",
+    )
+    near_tie: float = Field(
+        0.1, ge=0, description="Log-odds within which an expert that is loaded already goes first; 0: never."
+    )
     encoder: str | None = Field(None, description="sentence-transformers model; the packaged MiniLM when not given.")
     encoder_threads: int = Field(1, ge=1, description="Threads that encode prompts.")
     encoder_backend: Backend = Field(
@@ -129,6 +137,16 @@ class GroupSettings(Section):
         if unknown := set(gates) - set(NAMES):
             raise ValueError(f"no gate {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
         return gates
+
+
+class FeedbackSettings(Section):
+    """What is kept of the router's decisions, so that users can judge them and `moerge router train` can learn."""
+
+    keep: int = Field(
+        50_000, ge=0, description="Decisions kept without a judgement, and as many with one; 0: none, and no feedback."
+    )
+    days: float = Field(30, gt=0, description="Days that a decision is kept.")
+    keep_text: bool = Field(False, description="Keep the routing text of prompts too, not only their embeddings.")
 
 
 class RegistrySettings(Section):
@@ -160,6 +178,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     router: RouterSection = RouterSection()
     groups: GroupSettings = GroupSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
     registry: RegistrySettings = RegistrySettings()
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of Moerge's own log lines.")
 

@@ -19,7 +19,9 @@ from serving import metrics
 from serving.auth import Authenticator
 from serving.calibration import Calibration
 from serving.config import Settings
+from serving.conversations import Conversations, NearTies
 from serving.engine import Engine
+from serving.feedback import Feedback
 from serving.groups import Groups
 from serving.materializer import Materializer
 from serving.residency import Residency
@@ -56,6 +58,9 @@ class Service:
         self.calibration = Calibration(self)
         self.groups = Groups(self)
         self.traces = Traces()
+        self.feedback = Feedback(settings.feedback, registry.decisions, router)
+        self.conversations = Conversations(settings.router.stickiness, self.active, router.standing)
+        self.near_ties = NearTies(settings.router.near_tie, engine.loaded, self.active, router.standing)
         self.authenticator = Authenticator(registry.keys, always=not settings.server.loopback)
         self.versions = RouterVersions(registry.store.root.with_name("routers"))
         self.problems: tuple[str, ...] = ()  # what is wrong with what the router learned, and what is used instead
@@ -79,6 +84,7 @@ class Service:
         self._tasks = [
             asyncio.create_task(self._run_engine(warm_up, on_fatal)),
             asyncio.create_task(self._watch()),
+            asyncio.create_task(self.feedback.run()),
         ]
 
     async def stop(self) -> None:
@@ -87,6 +93,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.feedback.flush()
         await self.groups.close()
         await self.materializer.close()
         await self.engine.stop()

@@ -195,7 +195,8 @@ def _statistics(
     for part, source in named:
         stored = part.tensors.get(kind)
         if stored is None:
-            yield f"'{part.id}' carries no '{kind}' statistics; compute and store them with the expert first."
+            name = part.id.partition("@")[0]
+            yield f"'{part.id}' carries no '{kind}' statistics; measure them with `moerge expert stats {name}`."
             continue
         if missing := sorted(source.adapted - stored.keys()):
             yield f"'{part.id}' lacks the '{kind}' statistics of {listing(missing)}; compute them again."

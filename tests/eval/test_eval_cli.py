@@ -126,7 +126,7 @@ def test_bad_rows_end_it_by_file_and_line(run: Run, files: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("retreival", "No router 'retreival'. There are: "),
+        ("nearest", "No router 'nearest'. There are: "),
         ("arrow", "'arrow' weighs experts inside the model"),
         ("retrieval:scoring=worst", "--router retrieval:scoring=worst: scoring: "),
         ("retrieval:best", "'best' has no '='"),

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from eval.metrics import auroc, calibration_error, false_positives, reciprocal_rank, top
 
@@ -29,6 +30,15 @@ def test_false_positives_are_those_of_the_highest_threshold_with_enough_recall(
 ) -> None:
     threshold = max(t for t in inside if (inside >= t).mean() >= 0.95)
     assert false_positives(inside, outside) == pytest.approx((outside >= threshold).mean())
+
+
+@given(SCORES, SCORES)
+def test_both_agree_with_scikit_learn(inside: np.ndarray, outside: np.ndarray) -> None:
+    labels = np.arange(len(inside) + len(outside)) < len(inside)
+    scores = np.concatenate([inside, outside])
+    assert auroc(inside, outside) == pytest.approx(roc_auc_score(labels, scores))
+    wrongly, rightly, _ = roc_curve(labels, scores, drop_intermediate=False)
+    assert false_positives(inside, outside) == pytest.approx(wrongly[np.argmax(rightly >= 0.95 - 1e-9)])
 
 
 def test_a_perfect_score_lets_nothing_through() -> None:

@@ -145,10 +145,10 @@ def test_only_the_first_problems_are_listed(write: Write) -> None:
 
 def test_an_unknown_field_is_told_with_those_that_exist(write: Write) -> None:
     register, test, tasks = write("r", REGISTER), write("t", TEST), write("tasks", TEST)
-    assert problems(Files(register, test, tasks=tasks, fields=("promt",), description="about")) == (
+    assert problems(Files(register, test, tasks=tasks, fields=("question",), description="about")) == (
         f"{register[0]}: no row has a field 'about'; there are: task, instance",
-        f"{register[0]}: no row has a field 'promt'; there are: task, instance",
-        f"{test[0]}: no row has a field 'promt'; there are: task, instance",
+        f"{register[0]}: no row has a field 'question'; there are: task, instance",
+        f"{test[0]}: no row has a field 'question'; there are: task, instance",
         f"{tasks[0]}: no row has a field 'cluster'; there are: task, instance",
     )
     assert len(problems(Files(register, test, fields=("a+b",)))) == 2

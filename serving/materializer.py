@@ -219,7 +219,7 @@ class Materializer:
                 total -= entry.size
                 del self._entries[digest]
                 gone.append(digest)
-        for kind, gauge in metrics.BYTES.items():
+        for kind, gauge in (("composite", metrics.COMPOSITE_BYTES), ("blend", metrics.BLEND_BYTES)):
             gauge.set(sum(each.size for each in self._entries.values() if each.kind == kind))
         for digest in gone:  # unless somebody holds it again by now, here or in another process
             await asyncio.to_thread(self._store.discard, digest, lambda digest: False)

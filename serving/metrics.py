@@ -26,10 +26,8 @@ NEAR_TIES = Counter("moerge_near_ties", "Decisions that went to an expert becaus
 READY = Gauge("moerge_ready", "1 when requests are answered")
 COMPOSITES = Counter("moerge_composites", "Composites built, or found on disk", ["gate", "outcome"])
 BLENDS = Counter("moerge_blends", "Blends built, or found on disk", ["operator", "outcome"])
-BYTES = {
-    "composite": Gauge("moerge_composite_bytes", "Composites on disk, in bytes"),
-    "blend": Gauge("moerge_blend_bytes", "Blends on disk, in bytes"),
-}
+COMPOSITE_BYTES = Gauge("moerge_composite_bytes", "Composites on disk, in bytes")
+BLEND_BYTES = Gauge("moerge_blend_bytes", "Blends on disk, in bytes")
 BUILD_SECONDS = Histogram(
     "moerge_build_seconds",
     "Time to build a composite or a blend",

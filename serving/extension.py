@@ -98,6 +98,11 @@ class Extension(BaseModel):
         return self
 
     @property
+    def plain(self) -> bool:
+        """Whether the router is left to decide."""
+        return self.model_copy(update={"trace": False}) == Extension()
+
+    @property
     def chosen_gate(self) -> str:
         return self.gate or "constant"
 

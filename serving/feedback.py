@@ -112,7 +112,7 @@ class Feedback:
                     router=each.router,
                     encoder=self._router.encoder_id,
                     vector=vector,
-                    text=each.text if self._settings.keep_text else None,
+                    text=each.text.encode(errors="replace").decode() if self._settings.keep_text else None,
                 )
                 for each, vector in zip(batch, vectors, strict=True)
             ]

@@ -27,6 +27,7 @@ from router.gating import GATES
 from router.text import routing_text
 from serving import metrics
 from serving.auth import Caller
+from serving.conversations import Turn
 from serving.engine import AdapterLoadFailed, EngineUnavailable, Message, Receive, Scope, Send
 from serving.errors import BadRequest, ModelNotFound, error_response
 from serving.extension import Extension, take_extension
@@ -153,15 +154,17 @@ class Inference:
             raise EngineUnavailable(service.failure)
         if exchange.path in TOKEN_PATHS and (model == AUTO or model.startswith(f"{AUTO}:")):
             model, extension = service.engine.base_model, Extension()
-        decision = service.groups.within(await decide(service, model, changed, caller, extension=extension))
-        exchange.decision = decision
+        turn = service.conversations.turn(model, changed, caller.tenant) if extension.plain else None
+        settled = await decide(service, model, changed, caller, extension=extension, turn=turn, live=True)
+        exchange.decision = decision = service.groups.within(settled)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 if decision.verdict is not None:
                     keep = extension.trace
                     decision = await probe(service, exchange.path, changed, decision, trace=keep, tenant=caller.tenant)
-                    exchange.decision = decision
+                    exchange.decision = settled = decision
                 name = await stack.enter_async_context(service.hold(decision))
+                service.conversations.remember(turn, settled)
             except FAILURES as error:
                 if decision.method == NAMED:
                     raise
@@ -170,6 +173,8 @@ class Inference:
             if extension.trace and decision.kind == "gate":
                 exchange.trace = decision.id
                 stack.enter_context(service.traces.expected(decision.id))
+            if decision.method != NAMED:
+                service.feedback.record(decision, read_text(service, changed), caller.tenant)
             exchange.traced = exchange.trace is not None or decision.id in service.traces
             yield with_arguments({**changed, "model": name}, arguments(decision, exchange.trace))
             if exchange.trace is not None and (found := await service.engine.trace(exchange.trace)) is not None:
@@ -229,11 +234,14 @@ async def decide(
     *,
     extension: Extension | None = None,
     limit: int | None = 5,
+    turn: Turn | None = None,
+    live: bool = False,
 ) -> Decision:
     """The decision for this `model`: the router's for `auto`, the caller's own for anything else.
 
-    `limit` is how many candidates the router lists, None all. Raises ModelNotFound, also for another tenant's
-    private expert.
+    `limit` is how many candidates the router lists, None all; `turn` is the request's place in a conversation; a
+    `live` request is going to be answered, so that it matters who is loaded.
+    Raises ModelNotFound, also for another tenant's private expert.
     """
     extension = extension or Extension()
     if extension.experts:
@@ -241,7 +249,11 @@ async def decide(
             raise BadRequest(f"'moerge.experts' answer instead of '{model:.80}': send 'model': 'auto'.", param="moerge")
         return extension.decision(service, caller)
     if model == AUTO or model.startswith(f"{AUTO}:"):
-        return await routed(service, model, body, caller, extension, limit)
+        before = service.conversations.before(turn)
+        decision = await routed(service, model, body, caller, extension, limit if before is None else None)
+        if turn is not None and before is not None:
+            return service.conversations.settled(turn, before, decision, caller.tenant, limit)
+        return service.near_ties.settled(decision) if live and extension.plain else decision
     if extension.gate is not None or extension.operator is not None:
         what = "gate" if extension.gate is not None else "operator"
         raise BadRequest(f"'moerge.{what}' needs 'model': 'auto'; '{model:.80}' answers itself.", param="moerge")
@@ -255,13 +267,18 @@ async def routed(
     method = model.removeprefix(AUTO).removeprefix(":") or extension.gate
     if model == f"{AUTO}:":
         raise ModelNotFound(model)
-    text = routing_text(body, service.settings.router.budget)
     try:
+        text = read_text(service, body)
         decision = await service.router.route(text, method=method, tenant=caller.tenant, limit=limit)
     except UnknownMethod as error:
         raise ModelNotFound(model if extension.gate is None else f"{AUTO}:{extension.gate}") from error
     metrics.ROUTE_SECONDS.labels(decision.method).observe(decision.timings.get("total", 0.0) / 1e3)
     return extension.applied(decision, service)
+
+
+def read_text(service: Service, body: dict[str, Any]) -> str:
+    """What the router reads of a request."""
+    return routing_text(body, service.settings.router.budget)
 
 
 async def named(service: Service, model: str, caller: Caller) -> Decision:

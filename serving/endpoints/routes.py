@@ -8,12 +8,11 @@ from fastapi import APIRouter, Body
 from pydantic import BaseModel
 
 from router.decision import Decision
-from router.text import routing_text
 from serving.auth import Caller
 from serving.endpoints.common import InferCaller, ServiceDep
 from serving.errors import BadRequest, ModelNotFound
 from serving.extension import take_extension
-from serving.inference import AUTO, arguments, decide, requested_model
+from serving.inference import AUTO, arguments, decide, read_text, requested_model
 from serving.internal import one_token, post
 from serving.probing import probe
 from serving.service import Service
@@ -66,13 +65,13 @@ async def explain_route(
                 param="model",
             )
         )
-    decision = await decide(service, model, body, caller, extension=extension, limit=None)
+    turn = service.conversations.turn(model, body, caller.tenant) if extension.plain else None
+    decision = await decide(service, model, body, caller, extension=extension, limit=None, turn=turn)
     trace = None
     if wanted or extension.trace:
         decision = service.groups.within(decision)
         decision, trace = await traced(service, path, body, decision, model, caller)
-    text = routing_text(body, service.settings.router.budget)
-    return Explanation(model=model, text=text, decision=decision, trace=trace)
+    return Explanation(model=model, text=read_text(service, body), decision=decision, trace=trace)
 
 
 async def traced(

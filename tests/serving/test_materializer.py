@@ -1,4 +1,4 @@
-"""Composites on disk: built once, never half, bounded, and never taken from under somebody."""
+"""Composites and blends on disk: built once, never half, bounded, and never taken from under somebody."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ import pytest
 
 from adapters_registry.errors import ExpertNotFound
 from adapters_registry.expert import Expert, State
-from router.composite import CompositeError, compose
+from router.blending import LINEAGE, BlendError, blend
+from router.composite import compose
 from router.decision import Decision, Weighted
 from serving.engine import AdapterLoadFailed
 from serving.materializer import Materializer
-from serving.recipes import layout_of, needed_tensors
+from serving.recipes import kept as kept_in
+from serving.recipes import needed_tensors, recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,11 @@ def experts(adapters):
 
 
 class Shelf:
-    """Makes materializers of one folder, and counts what is composed."""
+    """Makes materializers of one folder, and counts what is built; decisions are for one kind of thing."""
 
-    def __init__(self, folder: Path, experts: dict[str, Expert]) -> None:
+    def __init__(self, folder: Path, experts: dict[str, Expert], kind: str) -> None:
         self.folder = folder
+        self.kind = kind
         self.by_id = {expert.id: expert for expert in experts.values()}
         self.experts = experts
         self.tensors: dict[tuple[str, str], dict[str, object]] = {}
@@ -63,25 +67,40 @@ class Shelf:
         return Materializer(self.folder, find=find, tensors=tensors, max_rank=max_rank, max_bytes=max_bytes)
 
     def compose(self, folder: Path, parts, *args, **options):
+        return self.counted(compose, folder, parts, *args, **options)
+
+    def blend(self, folder: Path, parts, *args, **options):
+        return self.counted(blend, folder, parts, *args, **options)
+
+    def counted(self, build, folder: Path, parts, *args, **options):
         self.built.append([part.id.partition("@")[0] for part in parts])
-        layout = compose(folder, parts, *args, **options)
+        done = build(folder, parts, *args, **options)
         if self.fails is not None:
             raise self.fails
-        return layout
+        return done
 
-    def decision(self, names: str, gate: str = "arrow", **settings: object) -> Decision:
+    def decision(self, names: str, how: str | None = None, **settings: object) -> Decision:
+        """`how`: the gate or operator, one that is there for all when not given."""
         members = tuple(Weighted(expert=name, id=self.experts[name].id, weight=1 / len(names)) for name in names)
-        return Decision(method=gate, kind="gate", experts=members, gate=gate, gate_settings=settings)
+        if self.kind == "blend":
+            merged = {"operator": how or "cat", "operator_settings": settings}
+            return Decision(method="retrieval", kind="blend", experts=members, **merged)
+        return Decision(method="arrow", kind="gate", experts=members, gate=how or "arrow", gate_settings=settings)
 
     def folders(self) -> set[str]:
         return {each.name for each in self.folder.iterdir() if not each.name.startswith(".")}
 
 
-@pytest.fixture
-async def shelf(tmp_path, experts, monkeypatch):
-    shelf = Shelf(tmp_path / "composites", experts)
+@pytest.fixture(params=["composite", "blend"])
+async def shelf(tmp_path, experts, monkeypatch, request):
+    shelf = Shelf(tmp_path / "built", experts, request.param)
     monkeypatch.setattr("serving.recipes.compose", shelf.compose)
+    monkeypatch.setattr("serving.recipes.blend", shelf.blend)
     return shelf
+
+
+composites = pytest.mark.parametrize("shelf", ["composite"], indirect=True)
+blends = pytest.mark.parametrize("shelf", ["blend"], indirect=True)
 
 
 @pytest.fixture
@@ -95,7 +114,7 @@ async def use(materializer, *decisions):
     adapters = []
     for decision in decisions:
         async with materializer.hold(decision) as adapter:
-            assert layout_of(adapter.path) is not None
+            assert kept_in(adapter.path) is not None
             adapters.append(adapter)
     return adapters
 
@@ -108,13 +127,15 @@ async def test_a_selected_expert_is_its_own_folder(shelf, kept):
     assert shelf.folders() == set()
 
 
-async def test_a_gated_decision_is_a_composite_named_by_its_content(shelf, kept):
+async def test_what_is_built_is_named_by_its_content(shelf, kept):
     [adapter] = await use(kept, shelf.decision("ab"))
-    assert adapter.name == f"auto:arrow@{adapter.digest[:12]}"
-    assert adapter.shown == "auto:arrow"
+    name = {"composite": "auto:arrow", "blend": "blend:cat"}[shelf.kind]
+    assert adapter.name == f"{name}@{adapter.digest[:12]}"
+    assert adapter.shown == {"composite": "auto:arrow", "blend": f"blend:{adapter.digest[:12]}"}[shelf.kind]
     assert shelf.folders() == {adapter.digest}
-    layout = layout_of(adapter.path)
-    assert [each.id for each in layout.members] == [shelf.experts[name].id for name in "ab"]
+    found = kept_in(adapter.path)
+    assert (found.kind, found.adapter) == (shelf.kind, adapter)
+    assert found.members == {shelf.experts[name].id for name in "ab"}
 
 
 async def test_whoever_asks_at_once_shares_one_building(shelf, kept):
@@ -134,22 +155,40 @@ async def test_one_that_leaves_does_not_stop_the_building(shelf, kept):
     assert shelf.built == [["a", "b"]]
 
 
-async def test_other_members_order_gate_or_settings_are_another_composite(shelf, kept):
-    decisions = [
-        shelf.decision("ab"),
-        shelf.decision("cd"),
-        shelf.decision("dc"),
-        shelf.decision("ac"),
-        shelf.decision("ab", "spectr"),
-        shelf.decision("ab", top_k=1),
-    ]
-    assert len({each.digest for each in await use(kept, *decisions)}) == 6
-
-
 async def test_settings_that_mean_the_same_share_a_folder(shelf, kept):
-    first, second = await use(kept, shelf.decision("ab"), shelf.decision("ab", temperature=1.0))
+    default = {"composite": {"temperature": 1.0}, "blend": {"rank": None}}[shelf.kind]
+    first, second = await use(kept, shelf.decision("ab"), shelf.decision("ab", **default))
     assert first.digest == second.digest
     assert len(shelf.built) == 1
+
+
+async def test_they_share_it_also_when_they_ask_at_once(shelf, kept):
+    default = {"composite": {"temperature": 1.0}, "blend": {"rank": None}}[shelf.kind]
+    await asyncio.gather(*(use(kept, shelf.decision("ab", **settings)) for settings in ({}, default) * 5))
+    assert len(shelf.built) == 1
+    assert len(shelf.folders()) == 1
+    await kept.tidy(())
+
+
+async def test_whoever_is_refused_does_not_wait_for_those_that_build(shelf, kept, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        begun.set()
+        assert go.wait(10)
+        return shelf.counted({"composite": compose, "blend": blend}[shelf.kind], *args, **options)
+
+    monkeypatch.setattr("serving.recipes.compose", slow)
+    monkeypatch.setattr("serving.recipes.blend", slow)
+    building = asyncio.create_task(use(kept, shelf.decision("ab")))
+    try:
+        assert await asyncio.to_thread(begun.wait, 10)
+        with pytest.raises(ValueError, match="nonsense"):
+            await use(kept, shelf.decision("cd", "nonsense"))
+        assert not building.done()
+    finally:
+        go.set()
+    await building
 
 
 async def test_what_an_earlier_process_built_is_used_again(shelf):
@@ -178,19 +217,33 @@ async def test_what_was_never_finished_is_swept_and_never_used(shelf, kept):
     assert len(shelf.folders()) == 2
 
 
-@pytest.mark.parametrize("spoil", ["weights", "config", "tables"])
-async def test_a_damaged_composite_is_built_again(shelf, spoil):
+@pytest.mark.parametrize("spoil", ["adapter_model.safetensors", "adapter_config.json", "its own"])
+async def test_what_is_damaged_is_built_again(shelf, spoil):
     before = shelf.open()
     [adapter] = await use(before, shelf.decision("ab"))
     await before.close()
-    name = {"weights": "adapter_model.safetensors", "config": "adapter_config.json", "tables": "gate.safetensors"}
-    file = adapter.path / name[spoil]
+    own = {"composite": "gate.safetensors", "blend": LINEAGE}[shelf.kind]
+    file = adapter.path / (own if spoil == "its own" else spoil)
     file.chmod(0o600)
     file.write_bytes(file.read_bytes()[:-9])
     after = shelf.open()
     [again] = await use(after, shelf.decision("ab"))
     assert again == adapter
     assert len(shelf.built) == 2
+    await after.close()
+
+
+@blends
+async def test_a_blend_in_another_s_place_is_built_again(shelf):
+    before = shelf.open()
+    one, other = await use(before, shelf.decision("ab"), shelf.decision("cd"))
+    await before.close()
+    for file in one.path.iterdir():
+        file.chmod(0o600)
+        file.write_bytes((other.path / file.name).read_bytes())
+    after = shelf.open()
+    await use(after, shelf.decision("ab"))
+    assert len(shelf.built) == 3
     await after.close()
 
 
@@ -228,7 +281,7 @@ async def test_what_another_process_uses_stays(shelf):
     async with theirs.hold(shelf.decision("ab")) as adapter:
         await use(ours, shelf.decision("ab"))
         await ours.tidy(())
-        assert layout_of(adapter.path) is not None
+        assert kept_in(adapter.path) is not None
     await theirs.close()
     await use(ours, shelf.decision("ab"))
     await ours.tidy(())
@@ -236,13 +289,13 @@ async def test_what_another_process_uses_stays(shelf):
     await ours.close()
 
 
-async def test_a_composite_of_somebody_who_left_goes_after_its_last_request(shelf, kept):
+async def test_what_was_built_of_somebody_who_left_goes_after_its_last_request(shelf, kept):
     [other] = await use(kept, shelf.decision("ac"))
     async with kept.hold(shelf.decision("ab")) as adapter:
         names = kept.forget(lambda member: member.startswith("b@"))
         assert names == [adapter.name]
         await kept.tidy(())
-        assert layout_of(adapter.path) is not None
+        assert kept_in(adapter.path) is not None
     await kept.tidy(())
     assert shelf.folders() == {other.digest}
 
@@ -258,32 +311,39 @@ async def test_members_that_left_while_no_server_ran_are_noticed(shelf):
     await after.close()
 
 
-@pytest.mark.parametrize(
-    ("names", "gate", "settings", "says"),
-    [
-        ("a", "arrow", {}, "at least two"),
-        ("aa", "arrow", {}, "2 times"),
-        ("abcd", "arrow", {}, "over the engine's limit of 12"),
-        ("ab", "nonsense", {}, "nonsense"),
-        ("ab", "arrow", {"top_k": 0}, "top_k"),
-        ("ab", "phatgoose", {}, "moerge gates train a"),
-        ("ab", "evidence", {}, "moerge gates calibrate a"),
-        ("ab", "constant", {"weights": [1.0, 0.5, 0.2]}, "3 weights for 2 members"),
-    ],
-)
-async def test_what_cannot_be_built_says_why_and_is_not_tried_again_and_again(shelf, names, gate, settings, says):
-    kept = shelf.open(max_rank=12)
+async def test_what_cannot_be_built_says_why_and_is_not_tried_again_and_again(shelf, kept, monkeypatch):
+    looked = []
+    recipe = type(recipe_of(shelf.decision("ab")))
+    plan = recipe.plan
+    monkeypatch.setattr(recipe, "plan", lambda *args: looked.append(args) or plan(*args))
     for _ in range(3):
-        with pytest.raises(CompositeError) as caught:
-            await use(kept, shelf.decision(names, gate, **settings))
-        assert says in str(caught.value)
+        with pytest.raises(ValueError, match="nonsense"):
+            await use(kept, shelf.decision("ab", "nonsense"))
+    assert len(looked) == 1
     assert shelf.folders() == set()
-    await kept.close()
 
 
+@blends
+async def test_statistics_are_those_that_are_stored_now(shelf, kept):
+    decision = shelf.decision("ab", "fisher")
+    with pytest.raises(BlendError, match="moerge expert stats a"):
+        await use(kept, decision)
+    shapes = {"q_proj": (32, 32), "v_proj": (16, 32)}
+    modules = {f"model.layers.{i}.self_attn.{name}": shape for i in range(2) for name, shape in shapes.items()}
+    for name in "ab":
+        shelf.tensors[name, "fisher"] = {module: np.ones(shape, np.float32) for module, shape in modules.items()}
+    kept.renew()
+    [first] = await use(kept, decision)
+    shelf.tensors["a", "fisher"] = {name: value + 1 for name, value in shelf.tensors["a", "fisher"].items()}
+    kept.renew()
+    [second] = await use(kept, decision)
+    assert first.digest != second.digest
+
+
+@composites
 async def test_after_a_change_it_is_tried_again_with_what_is_stored_now(shelf, kept):
     decision = shelf.decision("ab", "evidence")
-    with pytest.raises(CompositeError):
+    with pytest.raises(ValueError, match="moerge gates calibrate a"):
         await use(kept, decision)
     [key] = needed_tensors("evidence", {}, 2)
     modules = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
@@ -301,7 +361,7 @@ async def test_one_that_the_engine_refuses_is_made_anew_but_not_at_once(shelf, k
     decision = shelf.decision("ab")
     with pytest.raises(AdapterLoadFailed):
         async with kept.hold(decision):
-            raise AdapterLoadFailed("auto:arrow", "half a file")
+            raise AdapterLoadFailed("it", "half a file")
     with pytest.raises(AdapterLoadFailed, match="half a file"):
         await use(kept, decision)
     await kept.tidy(())
@@ -335,11 +395,12 @@ from router.decision import Decision
 from serving import materializer, recipes
 
 def killed(folder, *args, **options):
+    folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-recipes.compose = killed
+recipes.compose = recipes.blend = killed
 folder, decision, *experts = sys.argv[1:]
 experts = {each.id: each for each in map(Expert.model_validate_json, experts)}
 
@@ -365,5 +426,5 @@ async def test_a_server_that_is_killed_while_it_builds_leaves_nothing_that_is_us
     assert list((shelf.folder / ".staging").iterdir()) == []
     assert shelf.folders() == set()
     [adapter] = await use(kept, decision)
-    assert layout_of(adapter.path).gate == "arrow"
+    assert kept_in(adapter.path).kind == shelf.kind
     await kept.close()

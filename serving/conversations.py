@@ -6,6 +6,7 @@ a follow-up says ("shorter, please") is weak evidence. Near-ties are settled ali
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -27,6 +28,8 @@ CAPACITY = 20_000
 LIFETIME = 3600.0
 #: Characters of a token, about.
 CHARACTERS = 4
+#: Conversations longer than this are hashed in a thread (characters).
+LONG = 256 * 1024
 #: How often in a row an expert is passed over for one that is loaded.
 PATIENCE = 3
 
@@ -37,7 +40,7 @@ class Turn:
 
     key      names all of it: the next turn begins with it
     earlier  names its beginnings that an answer followed, the longest first: one of them was the previous request
-    tokens   how long the longest of them is, about
+    tokens   how long the longest of them is with that answer, about
     """
 
     key: str
@@ -63,9 +66,9 @@ class Conversations:
         self._standing = standing
         self._answered: TTLCache[str, Decision] = TTLCache(CAPACITY, LIFETIME)
 
-    def turn(self, model: str, body: Mapping[str, Any], tenant: str | None) -> Turn | None:
-        """None for what is no chat."""
-        return turn_of(model, body, tenant) if self._stickiness else None
+    async def turn(self, model: str, body: Mapping[str, Any], tenant: str | None) -> Turn | None:
+        """The request's place in a conversation; None for what is no chat."""
+        return await turn_of(model, body, tenant) if self._stickiness else None
 
     def before(self, turn: Turn | None) -> Decision | None:
         """What was decided at the previous turn; None at the first."""
@@ -165,7 +168,7 @@ class NearTies:
         return decision
 
 
-def turn_of(model: str, body: Mapping[str, Any], tenant: str | None) -> Turn | None:
+async def turn_of(model: str, body: Mapping[str, Any], tenant: str | None) -> Turn | None:
     """The request's place in a conversation; None when it has no messages.
 
     Only roles and texts count: clients move other things about from turn to turn (`cache_control`).
@@ -173,18 +176,28 @@ def turn_of(model: str, body: Mapping[str, Any], tenant: str | None) -> Turn | N
     messages = next((body[key] for key in ("messages", "input") if isinstance(body.get(key), list)), None)
     if not messages or not all(isinstance(each, dict) for each in messages):
         return None
-    told = [content_text(body.get(key)) for key in ("system", "instructions")]
-    running = hashlib.sha256(json.dumps([tenant, model, *told]).encode())
+    told = (json.dumps([tenant, model]), content_text(body.get("system")), content_text(body.get("instructions")))
+    said = [(f"{each.get('role')} {each.get('type')}", content_text(each.get("content"))) for each in messages]
     answers = [at for at, each in enumerate(messages) if each.get("role") == "assistant"]
+    if sum(len(text) for _, text in said) < LONG:
+        keys = hashes(told, *said)
+    else:
+        keys = await asyncio.to_thread(hashes, told, *said)
     last = answers[-1] if answers else 0
-    length, beginnings = sum(map(len, told)), []
-    for at, each in enumerate(messages):
-        if 0 < at <= last:
-            beginnings.append(running.hexdigest())
-        text = content_text(each.get("content"))
-        length += len(text) if at < last else 0
-        running.update(json.dumps([each.get("role"), each.get("type"), text]).encode())
-    return Turn(running.hexdigest(), tuple(reversed(beginnings)), length // CHARACTERS)
+    length = sum(map(len, told[1:])) + sum(len(text) for _, text in said[: last + 1])  # the answer is cached as well
+    return Turn(keys[-1], tuple(reversed(keys[1 : last + 1])), length // CHARACTERS)
+
+
+def hashes(*parts: tuple[str, ...]) -> list[str]:
+    """(n parts) -> (n,) what names the first, the first two, ... of them; no two lists have a name in common."""
+    running, found = hashlib.sha256(), []
+    for part in parts:
+        for text in part:
+            data = text.encode(errors="surrogatepass")
+            running.update(b"%d:" % len(data))
+            running.update(data)
+        found.append(running.hexdigest())
+    return found
 
 
 def gain_of(before: Decision, fresh: Decision, standing: Standing) -> float:

@@ -152,9 +152,9 @@ class Inference:
         changed, extension = take_extension(body)
         if service.failure is not None:
             raise EngineUnavailable(service.failure)
-        if exchange.path in TOKEN_PATHS and (model == AUTO or model.startswith(f"{AUTO}:")):
+        if exchange.path in TOKEN_PATHS and is_routed(model):
             model, extension = service.engine.base_model, Extension()
-        turn = service.conversations.turn(model, changed, caller.tenant) if extension.plain else None
+        turn = await turn_of(service, model, changed, caller, extension)
         settled = await decide(service, model, changed, caller, extension=extension, turn=turn, live=True)
         exchange.decision = decision = service.groups.within(settled)
         async with contextlib.AsyncExitStack() as stack:
@@ -248,7 +248,7 @@ async def decide(
         if model != AUTO:
             raise BadRequest(f"'moerge.experts' answer instead of '{model:.80}': send 'model': 'auto'.", param="moerge")
         return extension.decision(service, caller)
-    if model == AUTO or model.startswith(f"{AUTO}:"):
+    if is_routed(model):
         before = service.conversations.before(turn)
         decision = await routed(service, model, body, caller, extension, limit if before is None else None)
         if turn is not None and before is not None:
@@ -276,18 +276,33 @@ async def routed(
     return extension.applied(decision, service)
 
 
+def is_routed(model: str) -> bool:
+    return model == AUTO or model.startswith(f"{AUTO}:")
+
+
+async def turn_of(
+    service: Service, model: str, body: dict[str, Any], caller: Caller, extension: Extension
+) -> Turn | None:
+    """The request's place in a conversation, where the router is left to decide."""
+    if not is_routed(model) or not extension.plain:
+        return None
+    return await service.conversations.turn(model, body, caller.tenant)
+
+
 def read_text(service: Service, body: dict[str, Any]) -> str:
     """What the router reads of a request."""
     return routing_text(body, service.settings.router.budget)
 
 
 async def named(service: Service, model: str, caller: Caller) -> Decision:
-    """Whom the client chose: the base model, or an expert by name."""
+    """Whom the client chose: the base model, an expert by name, or a stored blend."""
     decision = Decision(method=NAMED, kind="base", confidence=1.0, generation=service.generation)
     if model == service.engine.base_model:
         return decision
     expert = service.active(model)
     if expert is None or not expert.visible_to(caller.tenant):
+        if (blended := await service.blends.decision(model, caller.tenant)) is not None:
+            return blended
         raise ModelNotFound(model)
     experts = (Weighted(expert=expert.name, id=expert.id),)
     return decision.model_copy(update={"kind": "select", "experts": experts})

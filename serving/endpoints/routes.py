@@ -12,7 +12,7 @@ from serving.auth import Caller
 from serving.endpoints.common import InferCaller, ServiceDep
 from serving.errors import BadRequest, ModelNotFound
 from serving.extension import take_extension
-from serving.inference import AUTO, arguments, decide, read_text, requested_model
+from serving.inference import arguments, decide, is_routed, read_text, requested_model, turn_of
 from serving.internal import one_token, post
 from serving.probing import probe
 from serving.service import Service
@@ -56,7 +56,7 @@ async def explain_route(
     path = next((path for key, path in KINDS.items() if key in body), None)
     if path is None:
         raise BadRequest("Nothing to route: send 'messages', 'prompt' or 'input', as for an inference request.")
-    if model != AUTO and not model.startswith(f"{AUTO}:"):
+    if not is_routed(model):
         raise (
             ModelNotFound(model)
             if not service.knows(model, caller.tenant)
@@ -65,7 +65,7 @@ async def explain_route(
                 param="model",
             )
         )
-    turn = service.conversations.turn(model, body, caller.tenant) if extension.plain else None
+    turn = await turn_of(service, model, body, caller, extension)
     decision = await decide(service, model, body, caller, extension=extension, limit=None, turn=turn)
     trace = None
     if wanted or extension.trace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,10 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from router.batching import Vector
+from router.calibration import Calibration
 from router.decision import Candidate, Decision, Kind, Verdict, Weighted
 from router.library import Library, Mask
 from router.taxonomy import Taxonomy
@@ -67,6 +69,8 @@ class Method(ABC):
     thresholds: Scores | None = None
     # Scores divided by the temperature are log-odds.
     temperature: float = 1.0
+    # What held-out prompts said about the two, if they were asked.
+    calibration: Calibration | None = None
 
     @classmethod
     @abstractmethod
@@ -93,6 +97,21 @@ def fitted(kind: type[M], library: Library, settings: MethodSettings, previous: 
     """`kind.fit`, done once for a library and these settings: methods that stand on another share it."""
     key = (kind, settings.model_dump_json())
     return library.once(key, lambda: kind.fit(library, settings, previous))
+
+
+def calibrated(method: M, stored: Any, settings: MethodSettings, encoder: str) -> M:
+    """The method with a stored calibration; as it is, if there is none, or none for these settings and this encoder."""
+    try:
+        found = Calibration.model_validate(stored)
+    except ValidationError:
+        return method
+    if (found.settings, found.encoder) != (settings.model_dump_json(), encoder):
+        return method
+    result = copy.copy(method)
+    result.temperature = found.temperature
+    result.thresholds = None if method.thresholds is None else method.thresholds + found.shift
+    result.calibration = found
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +151,15 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
     best = float(scores[ranked[0]])
     threshold = None if method.thresholds is None else float(method.thresholds[ranked[0]])
     options = scores[ranked] if threshold is None else np.append(scores[ranked], threshold)
+    answers = threshold is None or best >= threshold or method.explores(query)
     certainty = confidence(options, method.temperature)
+    if method.calibration is not None:
+        certainty = method.calibration.probability(certainty, answers)
     experts = library.experts
     candidates = tuple(
         Candidate(expert=experts[k].name, version=experts[k].version, score=float(scores[k])) for k in ranked[:limit]
     )
-    if threshold is not None and best < threshold and not method.explores(query):
+    if not answers:
         why = f"best score {best:.3f} is under the threshold {threshold:.3f}"
         return abstain(name, library, _joined(why, passed), certainty, threshold, candidates)
     choice = method.choose(query, scores, distinct(library, ranked))

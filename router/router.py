@@ -20,7 +20,7 @@ from router.decision import Decision
 from router.encoder import Encoder, Vectors
 from router.errors import NotReady, RouterClosed, UnknownMethod
 from router.library import Library, Mask
-from router.method import Method, MethodSettings, Query, Standing, abstain, decide, fitted, standing
+from router.method import Method, MethodSettings, Query, Standing, abstain, calibrated, decide, fitted, standing
 from router.methods import METHODS, SERVED
 from router.mixture import MixtureSettings
 from router.text import BUDGET, shorten
@@ -160,7 +160,12 @@ class Router:
                 encoder=self.encoder_id,
             )
             methods = {
-                name: fitted(METHODS[name], library, settings, old.methods[name] if old else None)
+                name: calibrated(
+                    fitted(METHODS[name], library, settings, old.methods[name] if old else None),
+                    learned.calibration.get(name),
+                    settings,
+                    self.encoder_id,
+                )
                 for name, settings in self._settings.items()
             }
             self._snapshot = Snapshot(library, methods)

@@ -27,7 +27,7 @@ def compress(merged: Factors | Tensor, rank: int) -> Compressed:
     """Cut to `rank`, the singular values shared equally between both factors: B = U sqrt(S), A = sqrt(S) V^T."""
     if isinstance(merged, Tensor):
         spectrum = dense_svd(merged, rank)
-        total = float(torch.linalg.vector_norm(merged, dtype=torch.float64)) ** 2
+        total = float(torch.linalg.vector_norm(merged, dim=1).double().square().sum())
     else:
         spectrum = svd(merged)
         total = float(spectrum.S.double().square().sum())

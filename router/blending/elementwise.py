@@ -12,6 +12,7 @@ from torch import Tensor
 from router.blending.operator import BlendSettings, Density, Seeded
 
 Mean = Literal["weights", "count"]
+ROWS = 64  # at once: what they need stays in the processor's cache
 
 
 class Pruned(BlendSettings):
@@ -42,7 +43,8 @@ def keep_largest(X: Tensor, density: float) -> Tensor:
     if count == 0:
         return torch.zeros_like(X)
     magnitude = X.abs()
-    return X.masked_fill(magnitude < rank_from_top(magnitude, count), 0)
+    kept = magnitude.ge_(rank_from_top(magnitude, count))  # in place: fresh memory takes longer than arithmetic
+    return kept.mul_(X)
 
 
 def rank_from_top(X: Tensor, count: int) -> float:
@@ -54,14 +56,14 @@ def rank_from_top(X: Tensor, count: int) -> float:
 def random_mask(X: Tensor, probability: float | Tensor, seed: int) -> Tensor:
     """1 where an element is kept, 0 where it is dropped; `probability` one for all or (d_out, d_in)."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(X.shape, generator=generator) < probability).to(X.dtype)
+    return torch.rand(X.shape, generator=generator).lt_(probability).to(X.dtype)
 
 
 def drop_and_rescale(X: Tensor, density: float, seed: int) -> Tensor:
     """DARE (Yu et al. 2024): drop elements at random and divide the others by the density: the mean stays."""
     if density >= 1:
         return X
-    return X * random_mask(X, density, seed) / density
+    return random_mask(X, density, seed).mul_(X).div_(density)
 
 
 def total(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -79,12 +81,20 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], mean: Mean) -> Ten
     count:   sign(sum_i D_i),     sum over those that agree of w_i D_i / how many
     An element that is zero agrees with nobody.
     """
+    result = torch.empty_like(deltas[0])
+    for start in range(0, len(result), ROWS):
+        rows = [delta[start : start + ROWS] for delta in deltas]
+        result[start : start + ROWS] = _elected(rows, weights, mean)
+    return result
+
+
+def _elected(deltas: Sequence[Tensor], weights: Sequence[float], mean: Mean) -> Tensor:
     votes = total(deltas, weights if mean == "weights" else [1.0] * len(deltas))
-    positive = votes >= 0
-    result, counted = torch.zeros_like(votes), torch.zeros_like(votes)
+    sign = torch.where(votes >= 0, 1.0, -1.0)
+    top, counted = torch.zeros_like(votes), torch.zeros_like(votes)
     for delta, weight in zip(deltas, weights, strict=True):
-        votes_up = delta < 0 if mean == "weights" and weight < 0 else delta > 0
-        agrees = (votes_up == positive) & (delta != 0)
-        result.addcmul_(delta, agrees.to(delta.dtype), value=weight)
-        counted.add_(agrees, alpha=abs(weight) if mean == "weights" else 1)
-    return torch.where(counted > 0, result / counted, 0.0)
+        turned = mean == "weights" and weight < 0
+        along = torch.mul(delta, -sign if turned else sign).clamp_(min=0)  # |D_i| where it agrees, 0 elsewhere
+        top.add_(along, alpha=-weight if turned else weight)
+        counted.add_(along.sign_(), alpha=abs(weight) if mean == "weights" else 1)
+    return top.mul_(sign).div_(counted.masked_fill_(counted == 0, 1.0))

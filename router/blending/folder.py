@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from adapters_registry.lora import CONFIG, WEIGHTS
 from router.blending.compress import Compressed, compress
 from router.blending.plan import Plan
+from router.composite.parallel import in_threads
 from router.lowrank import Factors
 from router.tensorfile import write_tensors
 
@@ -113,15 +113,11 @@ def _write(folder: Path, plan: Plan, lineage: dict[str, Any]) -> Report:
     cut: list[Compressed] = []
 
     def merged() -> Generator[Tensor]:
-        threads = ThreadPoolExecutor(max_workers=os.cpu_count())
-        try:
-            for factors, compressed in threads.map(lambda module: merge_module(plan, module, rows[module]), rows):
-                if compressed is not None:
-                    cut.append(compressed)
-                yield _padded(factors.A, rank, 0)
-                yield _padded(factors.B, rank, 1)
-        finally:  # also when the disk is full: the rest is not computed then
-            threads.shutdown(cancel_futures=True)
+        for factors, compressed in in_threads(lambda module: merge_module(plan, module, rows[module]), rows):
+            if compressed is not None:
+                cut.append(compressed)
+            yield _padded(factors.A, rank, 0)
+            yield _padded(factors.B, rank, 1)
 
     with closing(merged()) as tensors:
         write_tensors(folder / WEIGHTS, shapes, tensors)

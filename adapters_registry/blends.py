@@ -194,7 +194,7 @@ class Blends:
             old = _namesake(session, new)
             experts = _experts(session, new.members)
             if reasons := list(self._against(session, new, old, experts, replace)):
-                raise BlendRefused(new.label, reasons)
+                raise BlendRefused(new.name, reasons)
             row = old or BlendRow(owner=new.owner)
             private = any(experts[each.expert].visibility == "private" for each in new.members)
             values = new.model_dump(mode="json", exclude={"owner"})

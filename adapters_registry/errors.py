@@ -93,11 +93,14 @@ class BlendNotFound(RegistryError):
 
 
 class BlendRefused(RegistryError):
-    def __init__(self, label: str, reasons: Sequence[Reason]) -> None:
+    """`name` is None for a blend that is to have none."""
+
+    def __init__(self, name: str | None, reasons: Sequence[Reason]) -> None:
         assert reasons, "a refusal needs a reason"
         self.reasons = tuple(reasons)
         listed = "".join(f"\n- {reason.message}" for reason in self.reasons)
-        super().__init__(f"Blend '{label}' was refused:{listed}")
+        which = "The blend" if name is None else f"Blend '{name[:80]}'"
+        super().__init__(f"{which} was refused:{listed}")
 
 
 class BlendUnusable(RegistryError):

@@ -17,6 +17,7 @@ from router.router import Router
 from router.versions import RouterVersions
 from serving import metrics
 from serving.auth import Authenticator
+from serving.blends import StoredBlends
 from serving.calibration import Calibration
 from serving.config import Settings
 from serving.conversations import Conversations, NearTies
@@ -55,6 +56,7 @@ class Service:
             max_rank=settings.engine.max_rank,
             max_bytes=int(settings.engine.built_mb * 2**20),
         )
+        self.blends = StoredBlends(self)
         self.calibration = Calibration(self)
         self.groups = Groups(self)
         self.traces = Traces()
@@ -129,9 +131,11 @@ class Service:
         return [expert for expert in self._active.values() if expert.visible_to(tenant)]
 
     def knows(self, model: str, tenant: str | None) -> bool:
-        """Whether this tenant can name `model` itself: the base model, or an expert that it may see."""
+        """Whether this tenant can name `model` itself: the base model, an expert or a blend that it may see."""
         expert = self.active(model)
-        return model == self.engine.base_model or (expert is not None and expert.visible_to(tenant))
+        if model == self.engine.base_model or (expert is not None and expert.visible_to(tenant)):
+            return True
+        return self.blends.find(model, tenant) is not None
 
     @contextlib.asynccontextmanager
     async def hold(self, decision: Decision) -> AsyncIterator[str]:
@@ -153,6 +157,7 @@ class Service:
         """Serve the registry as it is now; requests in flight finish with what they were decided on."""
         async with self._refreshing:
             generation, experts = await asyncio.to_thread(self._refit)
+            blends = await asyncio.to_thread(self.registry.blends.list)
             active = {expert.id: expert for expert in experts}
             now = time.monotonic()
             self._left = {key: self._left.get(key, now) for key in self._by_id if key not in active}
@@ -160,6 +165,7 @@ class Service:
             self._active = {expert.name: expert for expert in experts}
             self.generation = generation
             self.materializer.renew()
+            self.blends.renew(blends)
             self.calibration.renew()
             if self.preparing is None:
                 self.groups.renew()
@@ -195,7 +201,8 @@ class Service:
             del self._by_id[key]
             await self.residency.release(key)
         if self.generation >= 0:  # before the first refresh nobody is known
-            for name in self.materializer.forget(lambda member: member not in self._by_id):
+            gone = self.materializer.forget(lambda member: member not in self._by_id)
+            for name in [*gone, *self.materializer.excess()]:
                 await self.residency.release(name)
             await self.materializer.tidy(self.residency.names() | self.engine.loaded())
         if late:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from adapters_registry.blends import PREFIX, Blend
 from adapters_registry.expert import Expert
 from serving.endpoints.common import InferCaller, ServiceDep
 from serving.errors import ModelNotFound
@@ -22,6 +23,7 @@ def cards(service: Service, tenant: str | None) -> list[dict[str, Any]]:
         *(card(name, parent=base) for name in routed),
         card(base, parent=None),
         *(expert_card(expert, base) for expert in service.experts(tenant)),
+        *{blend.label: blend_card(blend, base) for blend in service.blends.visible(tenant)}.values(),
     ]
 
 
@@ -45,9 +47,18 @@ def expert_card(expert: Expert, base: str) -> dict[str, Any]:
     }
 
 
+def blend_card(blend: Blend, base: str) -> dict[str, Any]:
+    return {
+        **card(blend.label, parent=base),
+        "created": int(blend.created_at.timestamp()),
+        "owned_by": blend.owner or "moerge",
+        "root": blend.id,
+    }
+
+
 @endpoints.get("/v1/models")
 async def list_models(service: ServiceDep, caller: InferCaller) -> dict[str, Any]:
-    """The router's names, the base model, and the experts with the base model as `parent`."""
+    """The router's names, the base model, and experts and stored blends with the base model as `parent`."""
     return {"object": "list", "data": cards(service, caller.tenant)}
 
 
@@ -57,4 +68,6 @@ async def show_model(name: str, service: ServiceDep, caller: InferCaller) -> dic
     for each in cards(service, caller.tenant):
         if each["id"] == name:
             return each
+    if name.startswith(PREFIX) and await service.blends.decision(name, caller.tenant) is not None:
+        return {**card(name, parent=service.engine.base_model), "root": name}
     raise ModelNotFound(name)

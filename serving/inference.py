@@ -295,12 +295,14 @@ def read_text(service: Service, body: dict[str, Any]) -> str:
 
 
 async def named(service: Service, model: str, caller: Caller) -> Decision:
-    """Whom the client chose: the base model, or an expert by name."""
+    """Whom the client chose: the base model, an expert by name, or a stored blend."""
     decision = Decision(method=NAMED, kind="base", confidence=1.0, generation=service.generation)
     if model == service.engine.base_model:
         return decision
     expert = service.active(model)
     if expert is None or not expert.visible_to(caller.tenant):
+        if (blended := await service.blends.decision(model, caller.tenant)) is not None:
+            return blended
         raise ModelNotFound(model)
     experts = (Weighted(expert=expert.name, id=expert.id),)
     return decision.model_copy(update={"kind": "select", "experts": experts})

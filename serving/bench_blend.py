@@ -2,7 +2,11 @@
 
 Ours go from members' folders to a blend's folder. PEFT's `add_weighted_adapter` is measured in memory, with its
 members loaded and nothing saved. Nothing is scaled up: a figure is for the modules that were really merged, and
-`ratios` compare the same modules.
+`ratios` compare the same modules. There are three selections of modules:
+
+    whole   all layers: operators that stay in low rank, and PEFT's `cat` and `linear`
+    layers  a few whole layers: operators that form dW itself
+    module  the first module, d x d: all operators, and PEFT's that need a dense SVD, which takes it a minute or more
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +32,7 @@ from router.tensorfile import write_tensors
 
 Tell = Callable[[str], None]
 Modules = dict[str, tuple[int, int]]  # module -> (d_out, d_in)
+Selected = dict[str, tuple[Modules, list[Part]]]
 
 
 @dataclass(frozen=True)
@@ -74,55 +79,75 @@ LOW_RANK = ("cat", "linear", "svd", "task_arithmetic", "smear", "layer_swap", "k
 
 
 def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: Tell) -> dict[str, Any]:
-    """Figures of all operators but those that need statistics, which are as large as the model.
+    """Figures of all operators.
 
-    `seconds` operator -> median of `rounds` (dense operators: one); `measured` how many modules that was for: all
-    layers, or `dense_layers` of them. `ratios` "svd/peft": our seconds over PEFT's, under 1 when ours is quicker;
-    `compared` both figures and the modules: all of them for `cat` and `linear`, one square module for what needs a
-    dense SVD in PEFT. `cpu_seconds` and `cpu_ratios` count processor time, which other work on the machine does not
-    stretch.
+    `seconds` operator -> median of `rounds` for operators in low rank, one measurement for others; `measured` how many
+    modules that was for, of `modules`; `module_seconds` the same for the one d x d module. `ratios` "svd/peft": our
+    seconds over PEFT's, under 1 when ours is quicker; `compared` both figures and the modules. `cpu_seconds`,
+    `module_cpu_seconds` and `cpu_ratios` count processor time, which other work on the machine does not stretch.
+    Operators with statistics, which are as large as the model, are measured on the one module alone.
     """
+    taken: dict[str, Taken] = {}
+    measured: dict[str, int] = {}
+    one: dict[str, Taken] = {}
+    half = {"layers": {"member0": f"0-{max(shape.layers // 2 - 1, 0)}"}}
     with tempfile.TemporaryDirectory(prefix="moerge-bench-") as name:
         folder = Path(name)
-        whole = write_members(folder / "whole", shape.modules(), shape)
-        few = write_members(folder / "few", shape.modules(dense_layers), shape)
-        seconds: dict[str, float] = {}
-        cpu: dict[str, float] = {}
-        measured: dict[str, int] = {}
+        selected = select(folder, shape, dense_layers)
         for operator, declared in OPERATORS.items():
-            if declared.statistic is None:
-                low = operator in LOW_RANK
-                tell(f"{operator} ...")
-                half = {"layers": {whole[0].id: f"0-{max(shape.layers // 2 - 1, 0)}"}}
-                settings = half if operator == "layer_swap" else {}
-                members = whole if low else few
-                taken = merge(folder / "blend", members, operator, settings, shape, rounds if low else 1)
-                seconds[operator], cpu[operator] = taken.seconds, taken.cpu
-                measured[operator] = len(shape.modules(None if low else dense_layers))
-        compared = compare(folder, whole, shape, rounds, tell) if peft else {}
+            tell(f"{operator} ...")
+            settings = half if operator == "layer_swap" else {}
+            _, module = selected["module"]
+            members = [with_statistics(each, declared.statistic, shape.d) for each in module]
+            one[operator] = merge(folder / "blend", members, operator, settings, shape, 1)
+            if declared.statistic is not None:
+                taken[operator], measured[operator] = one[operator], 1
+                continue
+            low = operator in LOW_RANK
+            modules, members = selected["whole" if low else "layers"]
+            taken[operator] = merge(folder / "blend", members, operator, settings, shape, rounds if low else 1)
+            measured[operator] = len(modules)
+        compared = compare(folder, selected, shape, rounds, tell) if peft else {}
     return {
         "shape": asdict(shape),
         "cores": os.cpu_count(),
-        "seconds": seconds,
-        "cpu_seconds": cpu,
+        "modules": len(shape.modules()),
+        "scaled": False,
+        "seconds": {operator: each.seconds for operator, each in taken.items()},
+        "cpu_seconds": {operator: each.cpu for operator, each in taken.items()},
         "measured": measured,
+        "module_seconds": {operator: each.seconds for operator, each in one.items()},
+        "module_cpu_seconds": {operator: each.cpu for operator, each in one.items()},
         "ratios": {f"{operator}/peft": each["ours"] / each["peft"] for operator, each in compared.items()},
         "cpu_ratios": {f"{operator}/peft": each["ours_cpu"] / each["peft_cpu"] for operator, each in compared.items()},
         "compared": compared,
     }
 
 
-def compare(folder: Path, whole: list[Part], shape: Shape, rounds: int, tell: Tell) -> dict[str, dict[str, float]]:
-    """Operator -> seconds of `ours` and of `peft` for the same `modules`."""
+def select(folder: Path, shape: Shape, dense_layers: int) -> Selected:
+    """The three selections, with members that have these modules."""
     first = dict([next(iter(shape.modules().items()))])
-    one = write_members(folder / "one", first, shape)
+    modules = {"whole": shape.modules(), "layers": shape.modules(dense_layers), "module": first}
+    return {name: (these, write_members(folder / name, these, shape)) for name, these in modules.items()}
+
+
+def with_statistics(member: Part, kind: str | None, d: int) -> Part:
+    """A member of the one module with random statistics of this kind: a Gram matrix, or squares."""
+    if kind is None:
+        return member
+    values = torch.randn(d, d, generator=torch.Generator().manual_seed(int(member.digest, 16)))
+    statistic = values @ values.mT / d if kind == "gram" else values.square_()
+    return replace(member, tensors={kind: {"model.layers.0.self_attn.q_proj": statistic}})
+
+
+def compare(folder: Path, selected: Selected, shape: Shape, rounds: int, tell: Tell) -> dict[str, dict[str, float]]:
+    """Operator -> seconds of `ours` and of `peft` for the same `modules`."""
     compared = {}
     for operator, (kind, settings) in PEFT.items():
         tell(f"{operator}, by PEFT ...")
-        if operator in LIGHT:
-            members, modules = whole, shape.modules()
-        else:
-            members, modules, settings = one, first, {**settings, "rank": shape.rank}
+        light = operator in LIGHT
+        modules, members = selected["whole" if light else "module"]
+        settings = settings if light else {**settings, "rank": shape.rank}
         ours = merge(folder / "blend", members, operator, settings, shape, rounds)
         theirs = by_peft(members, modules, kind, settings.get("density"), shape)
         compared[operator] = {

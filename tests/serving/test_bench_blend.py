@@ -11,14 +11,14 @@ TINY = Shape(layers=2, d=24, inner=40, members=3, rank=2)
 def test_every_operator_is_measured_beside_peft_s() -> None:
     told: list[str] = []
     result = bench_blend(TINY, dense_layers=1, rounds=1, peft=True, tell=told.append)
-    measurable = {name for name, operator in OPERATORS.items() if operator.statistic is None}
-    assert result["seconds"].keys() == result["measured"].keys() == measurable
-    assert result["cpu_seconds"].keys() == measurable
+    for figures in ("seconds", "cpu_seconds", "measured", "module_seconds", "module_cpu_seconds"):
+        assert result[figures].keys() == OPERATORS.keys()
     assert result["cpu_ratios"].keys() == result["ratios"].keys() == {f"{name}/peft" for name in PEFT}
     assert all(each > 0 and math.isfinite(each) for each in (*result["seconds"].values(), *result["ratios"].values()))
-    assert (result["measured"]["cat"], result["measured"]["ties"]) == (14, 7)
+    assert [result["measured"][name] for name in ("cat", "ties", "regmean")] == [14, 7, 1]
+    assert (result["modules"], result["scaled"]) == (14, False)
     assert (result["compared"]["cat"]["modules"], result["compared"]["svd"]["modules"]) == (14, 1)
-    assert len(told) == len(measurable) + len(PEFT)
+    assert len(told) == len(OPERATORS) + len(PEFT)
 
 
 def test_peft_can_be_left_out() -> None:

@@ -84,7 +84,9 @@ class Materializer:
         self._reading: dict[Recipe, frozenset[str]] = {}
         # Whoever is refused, or finds what is there, does not wait for those that build.
         self._planners = ThreadPoolExecutor(2, thread_name_prefix="moerge-plan")
-        self._builder = ThreadPoolExecutor(1, thread_name_prefix="moerge-build")  # it uses all cores by itself
+        # One at a time, as it uses all cores by itself; what takes a second does not wait for what takes minutes.
+        self._builder = ThreadPoolExecutor(1, thread_name_prefix="moerge-build")
+        self._slow_builder = ThreadPoolExecutor(1, thread_name_prefix="moerge-build-slow")
 
     @asynccontextmanager
     async def hold(self, decision: Decision, given: Stored | None = None) -> AsyncIterator[Adapter]:
@@ -145,7 +147,8 @@ class Materializer:
         if entry is None or not entry.usable:
             made = await loop.run_in_executor(self._planners, self._look, recipe, plan.digest)
             if made is None:
-                made = await loop.run_in_executor(self._builder, self._build, recipe, plan)
+                builder = self._slow_builder if recipe.slow else self._builder
+                made = await loop.run_in_executor(builder, self._build, recipe, plan)
             else:
                 recipe.count("found")
             if (entry := self._entries.setdefault(plan.digest, made)) is not made:
@@ -207,6 +210,16 @@ class Materializer:
         """Contents of the experts that are being read now: their files must stay."""
         return frozenset().union(*self._reading.values())
 
+    def excess(self) -> list[str]:
+        """Names of the least recently used that are too much for the disk, but for those in use: to be unloaded."""
+        total = sum(each.size for each in self._entries.values())
+        names = []
+        for entry in self._entries.values():
+            if total > self._max_bytes and not entry.users:
+                names.append(entry.adapter.name)
+                total -= entry.size
+        return names
+
     async def tidy(self, loaded: Collection[str]) -> None:
         """Let go of what is neither in use nor loaded, and delete the least recently used of it above the limit."""
         gone: list[str] = []
@@ -227,8 +240,8 @@ class Materializer:
     async def close(self) -> None:
         """Wait for what is being built, and let go of everything."""
         await asyncio.gather(*self._making.values(), return_exceptions=True)
-        self._planners.shutdown(wait=False)
-        self._builder.shutdown(wait=False)
+        for executor in (self._planners, self._builder, self._slow_builder):
+            executor.shutdown(wait=False)
         for entry in self._entries.values():
             entry.release()
 

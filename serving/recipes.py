@@ -79,6 +79,11 @@ class Recipe(ABC):
     def reads(self) -> tuple[str, ...]:
         return self.members
 
+    @property
+    def slow(self) -> bool:
+        """Whether building can take minutes on a large model: others do not wait for it."""
+        return False
+
     @abstractmethod
     def adapter(self, digest: str, folder: Path) -> Adapter:
         """What the engine is told to load."""
@@ -150,6 +155,11 @@ class BlendRecipe(Recipe):
     weights: tuple[float, ...]
     operator: str
     settings: str
+
+    @property
+    def slow(self) -> bool:
+        """Operators that form matrices (d_out, d_in)."""
+        return self.operator != "svd" and not OPERATORS[self.operator].exact
 
     def adapter(self, digest: str, folder: Path) -> Adapter:
         return blend_adapter(self.operator, digest, folder)

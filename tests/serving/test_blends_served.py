@@ -306,6 +306,18 @@ async def test_more_blends_than_the_engine_keeps(serve):
         assert world.engine.lost == []
 
 
+async def test_the_disk_holds_no_more_than_it_may_once_nobody_uses_it(serve, until):
+    async with serve(engine={"built_mb": 0.03}) as world:  # two blends of these experts
+        for k in range(1, 5):
+            await world.ask("auto", FAR, moerge={"experts": {"count": 1, "shout": k / 8}, "operator": "cat"})
+        newest = sent(world)["model"]
+        await world.service._clear()
+        names = [name for name in world.engine.shown if name.startswith("blend:")]
+        assert newest in names
+        assert len(built(world)) == len(names) < 4
+        assert sum(file.stat().st_size for each in built(world) for file in each.iterdir()) <= 0.03 * 2**20
+
+
 # Resident composites
 
 

@@ -276,6 +276,44 @@ async def test_what_is_in_use_or_loaded_stays_whatever_the_limit(shelf):
     await kept.close()
 
 
+async def test_what_is_loaded_goes_as_well_when_it_is_the_least_recently_used_of_too_much(shelf):
+    first = shelf.open()
+    one, other = await use(first, shelf.decision("ab"), shelf.decision("cd"))
+    size = sum(file.stat().st_size for file in one.path.iterdir())
+    await first.close()
+    kept = shelf.open(max_bytes=int(1.5 * size))
+    await use(kept, shelf.decision("ab"), shelf.decision("cd"))
+    async with kept.hold(shelf.decision("ab")):
+        assert kept.excess() == [other.name]
+    await use(kept, shelf.decision("cd"))
+    assert kept.excess() == [one.name]
+    await kept.tidy({other.name})
+    assert kept.excess() == []
+    assert shelf.folders() == {other.digest}
+    await kept.close()
+
+
+@blends
+async def test_a_sum_does_not_wait_for_operators_that_take_long(shelf, kept, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(folder, parts, weights, operator, *args, **options):
+        if operator == "ties":
+            begun.set()
+            assert go.wait(10)
+        return blend(folder, parts, weights, operator, *args, **options)
+
+    monkeypatch.setattr("serving.recipes.blend", slow)
+    building = asyncio.create_task(use(kept, shelf.decision("ab", "ties")))
+    try:
+        assert await asyncio.to_thread(begun.wait, 10)
+        await use(kept, shelf.decision("ab", "cat"), shelf.decision("ab", "svd"))
+        assert not building.done()
+    finally:
+        go.set()
+    await building
+
+
 async def test_what_another_process_uses_stays(shelf):
     ours, theirs = shelf.open(max_bytes=1), shelf.open()
     async with theirs.hold(shelf.decision("ab")) as adapter:

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from router.encoder import Backend
+
 if TYPE_CHECKING:
     from eval.prompts import Files, Prompts
     from eval.routing import Result, RouterSpec, Tell
@@ -60,7 +62,7 @@ def routing(
     ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="OUT", help="Result as JSON; '-': stdout.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Folder or Hub id; the packaged one if not given.")] = None,
-    backend: Annotated[str, typer.Option(help="What runs it: auto, torch, onnx or onnx-int8.")] = "auto",
+    backend: Annotated[Backend, typer.Option(help="What runs it.")] = "auto",
     resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
     cache: Annotated[bool, typer.Option(help="Keep encodings on disk for the next time.")] = True,
@@ -109,7 +111,7 @@ def _measure(
     specs: Sequence[RouterSpec],
     prompts: Prompts,
     encoder: str | None,
-    backend: str,
+    backend: Backend,
     cache: bool,
     resamples: int,
     seed: int,
@@ -121,7 +123,7 @@ def _measure(
     from router.errors import RouterError
 
     try:
-        remembering = Remembering(load_encoder(encoder, backend=backend), default_folder() if cache else None)  # type: ignore[arg-type]
+        remembering = Remembering(load_encoder(encoder, backend=backend), default_folder() if cache else None)
         remembering.prepare(prompts.texts(), lambda done, total: tell("encoding", done, total))
         measured = [measure(s, prompts, remembering, resamples=resamples, seed=seed, tell=tell) for s in specs]
     except RouterError as error:

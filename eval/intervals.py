@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap  # type: ignore[import-untyped]
 
 Rows = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Statistic = Callable[..., float]  # rows of each population -> a figure
 
 FEW = 10
@@ -67,13 +68,40 @@ def estimate(
     value = statistic(*(groups.everything for groups in populations))
     if any(len(groups) < 2 for groups in populations):
         return Estimate(value, value, value)
-    interval = bootstrap(
+    low, high = np.percentile(
+        _resampled(statistic, populations, resamples, seed), [50 - 50 * level, 50 + 50 * level]
+    ).tolist()
+    return Estimate(value, low, high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The mean difference on the same prompts, its interval, and how likely one at least as far from 0 is by chance."""
+
+    difference: Estimate
+    p: float
+
+
+def compare(
+    ours: Floats, theirs: Floats, groups: Groups, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> Comparison:
+    """Two scores (n,) of the same prompts. p = P(|d* - d| >= |d|), d* the difference of a bootstrap sample."""
+    gained = ours.astype(np.float64) - theirs
+    means = _resampled(lambda rows: gained[rows].mean(), [groups], resamples, seed)
+    d = float(gained.mean())
+    low, high = np.percentile(means, [50 - 50 * level, 50 + 50 * level]).tolist()
+    extreme = int((np.abs(means - d) >= abs(d) - 1e-12).sum())
+    return Comparison(Estimate(d, low, high), (extreme + 1) / (resamples + 1))
+
+
+def _resampled(statistic: Statistic, populations: Sequence[Groups], resamples: int, seed: int) -> Floats:
+    """(resamples,) the statistic of groups drawn with replacement."""
+    distribution: Floats = bootstrap(
         [np.arange(len(groups)) for groups in populations],
         lambda *drawn: statistic(*(groups.rows(each) for groups, each in zip(populations, drawn, strict=True))),
         n_resamples=resamples,
-        confidence_level=level,
         method="percentile",
         vectorized=False,
         rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high))
+    ).bootstrap_distribution
+    return distribution

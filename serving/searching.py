@@ -15,7 +15,7 @@ from router.blending.operators import operator_of
 from router.blending.search import Found
 from router.composite import Part
 from serving.labelled import Judgement
-from serving.recipes import part_of
+from serving.recipes import merged, part_of
 
 #: Judgement -> what a search makes as small as it can.
 COSTS: Mapping[str, Callable[[Judgement], float]] = {
@@ -54,7 +54,7 @@ class Mixture:
     def stored(self, name: str, weights: Sequence[float], **more: Any) -> NewBlend:
         """What the registry stores; members of weight 0 have no part in it."""
         rows = [row for row in zip(self.experts, self.parts, weights, strict=True) if row[2]]
-        parts, shares = [part for _, part, _ in rows], [weight for *_, weight in rows]
+        parts, shares = merged([part for _, part, _ in rows], [weight for *_, weight in rows])  # as the server will
         return NewBlend(
             name=name,
             digest=blend_digest(parts, shares, self.operator, self.settings, max_rank=self.max_rank),

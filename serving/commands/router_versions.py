@@ -150,18 +150,19 @@ def train(
         except RouterError as error:
             fail(str(error))
     if as_json:
-        print_json({"version": version, "promoted": report.better, "report": report.model_dump()})
-        return
-    out.print(_table(report))
-    out.print(f"Learned from {report.good} good and {report.bad} bad answers.", highlight=False)
-    verdict = "is in force" if report.better else f"is kept aside: {report.why}"
-    out.print(
-        f"Router version {version} {verdict}." if version else f"Nothing was written: {report.why}.", soft_wrap=True
-    )
+        told = report.model_dump() if report else None
+        print_json({"version": version, "promoted": bool(report and report.better), "report": told})
+    elif report is None:
+        out.print("There is no feedback that the version in force does not know already.", soft_wrap=True)
+    else:
+        out.print(_table(report))
+        out.print(f"Learned from {report.good} good and {report.bad} bad answers.", highlight=False)
+        verdict = "is in force" if report.better else f"is kept aside: {report.why}"
+        out.print(f"Router version {version} {verdict}.", highlight=False, soft_wrap=True)
 
 
-def _train(place: Workplace, known: RouterVersions, router: Router, name: str) -> tuple[int | None, Report]:
-    """The number of the new version (None: there was nothing to learn), in force if it is better."""
+def _train(place: Workplace, known: RouterVersions, router: Router, name: str) -> tuple[int | None, Report | None]:
+    """The number of the new version, in force if it is better, and the comparison; nothing if nothing is new."""
     from router import learning
     from router.errors import UnknownMethod
     from router.methods import METHODS
@@ -172,19 +173,15 @@ def _train(place: Workplace, known: RouterVersions, router: Router, name: str) -
     assert library is not None
     old, encoder, embed = library.learned, router.encoder_id, router.embed
     there = {expert.name for expert in library.experts}
-    judged = [
-        each
-        for each in learning.judged(place.registry.decisions.rated(), encoder, embed)
-        if each.rating.expert in there
-    ]
-    new = learning.fresh(old, judged)
+    judged = learning.judged(place.registry.decisions.rated(), encoder, embed)
+    new = learning.fresh(old, [each for each in judged if each.rating.expert in there])
+    if not new:
+        return None, None
     settings = METHODS[name].Settings.model_validate(router.settings.methods[name])
     trial = learning.Trial(name, METHODS[name], settings, library, encoder, embed)
     with progress_bar() as progress:
         bar = progress.add_task("old against new", total=learning.FOLDS)
         report = learning.compare(trial, new, lambda done, of: progress.update(bar, completed=done, total=of))
-    if not new:
-        return None, report
     learned = learning.taught(old, new, encoder, embed)
     version = known.save(
         note=f"learned from {len(new)} judgements",

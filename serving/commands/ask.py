@@ -32,7 +32,8 @@ def route(
         return
     decision = body["decision"]
     chosen = ", ".join(f"{each['expert']} ({each['weight']:.2f})" for each in decision["experts"])
-    out.print(f"{decision['kind']}: {chosen or 'the base model'}", style="bold", markup=False)
+    kind = f"{decision['kind']} by {decision['operator']}" if decision["operator"] else decision["kind"]
+    out.print(f"{kind}: {chosen or 'the base model'}", style="bold", markup=False)
     if decision["reason"]:
         out.print(decision["reason"], markup=False)
     timings = ", ".join(f"{name} {value:.1f} ms" for name, value in decision["timings"].items())

@@ -52,6 +52,7 @@ class Arena:
     samples     (expert, text) of all registration samples
     similarity  (prompts, K) retrieval's scores
     kept        tensors kept with each expert
+    alike       (K, K) retrieval's score of the column's expert for the row's samples, on average
     """
 
     data: Path
@@ -61,6 +62,7 @@ class Arena:
     folders: dict[str, Path]
     similarity: NDArray[np.float64]
     kept: dict[str, dict[str, Mapping[str, Tensor]]] = field(default_factory=lambda: defaultdict(dict))
+    alike: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         self.model, self.tokenizer = load_base(self.data)
@@ -193,7 +195,11 @@ def load(prompts: int, seed: int = 0, data: Path = DATA, *, compositions: bool =
     ]
     samples = [(name, row["prompt"]) for name in names for row in read_jsonl(data / "samples" / f"{name}.jsonl")]
     folders = {name: data / "experts" / name for name in names}
-    return Arena(data, names, rows, samples, folders, similarities(names, samples, [row.text for row in rows]))
+    scores = similarities(names, samples, [row.text for row in rows] + [text for _, text in samples])
+    own, theirs = scores[: len(rows)], scores[len(rows) :]
+    owners = np.array([owner for owner, _ in samples])
+    alike = np.stack([theirs[owners == name].mean(0) for name in names])
+    return Arena(data, names, rows, samples, folders, own, alike=alike)
 
 
 def similarities(names: Set, samples: Sequence[tuple[str, str]], texts: Sequence[str]) -> NDArray[np.float64]:

@@ -29,6 +29,8 @@ from adapters_registry.proposal import FolderSource
 
 #: Longest wait for a server to be ready (seconds), and rounds in which the two kinds take turns.
 STARTUP_LIMIT, ROUNDS = 600, 4
+#: Blends that are built and loaded.
+BLENDS = 20
 
 Tell = Callable[[str], None]
 
@@ -120,13 +122,14 @@ async def measure(
     limits = httpx.Limits(max_connections=max(concurrency) + 8)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
 
-        async def ask(prompt: str, model: str) -> httpx.Response:
+        async def ask(prompt: str, model: str, **changes: Any) -> httpx.Response:
             body = {
                 "model": model,
                 "messages": [{"role": "user", "content": prompt}],
                 "max_tokens": tokens,
                 "temperature": 0,
                 "ignore_eos": True,
+                **changes,
             }
             response = await http.post("/v1/chat/completions", json=body)
             if not response.is_success:
@@ -188,6 +191,7 @@ async def measure(
                 }
             )
         totals = [(await route(next(prompts)))["timings"]["total"] for _ in range(100)]
+        blend = await blend_times(ask, names, prompts, tell)
         tell("Registering an expert ...")
         register = await register_to_answer(http, ask, manifest, folder)
     return {
@@ -195,9 +199,45 @@ async def measure(
         "tokens": tokens,
         "cores": os.cpu_count(),
         "throughput": rows,
-        "route_ms": {"p50": percentile(totals, 50), "p95": percentile(totals, 95)},
+        "route_ms": spread(totals),
+        "blend": blend,
         "register_to_answer_s": register,
         "startup_s": startup,
+    }
+
+
+async def blend_times(ask: Any, names: list[str], prompts: Iterator[str], tell: Tell) -> dict[str, Any]:
+    """Latencies (ms) of answers of one token, one at a time, in turns; `added_ms`: over `single_ms`, of each median.
+
+    single     one expert, loaded
+    cold       two experts merged by `cat`, for the first time: built and loaded
+    warm       the same blend again
+    composite  the two experts in a composite that stays loaded, with weights that the request brings along
+    """
+    if len(names) < 2:
+        return {}
+    tell("Blending two experts ...")
+    first, second = names[:2]
+    latencies: dict[str, list[float]] = {"single": [], "cold": [], "warm": [], "composite": []}
+
+    async def timed(kind: str | None, model: str, **extension: Any) -> None:
+        began = time.perf_counter()
+        await ask(next(prompts), model, max_tokens=1, **({"moerge": extension} if extension else {}))
+        if kind:
+            latencies[kind].append((time.perf_counter() - began) * 1e3)
+
+    for turn in range(BLENDS + 1):  # the first of each is not counted: the composite is built then
+        weights = {first: 0.5 + turn / 100, second: 0.5 - turn / 100}  # never seen before
+        await timed("single" if turn else None, first)
+        await timed("cold" if turn else None, "auto", experts=weights, operator="cat")
+        await timed("warm" if turn else None, "auto", experts=weights, operator="cat")
+        await timed("composite" if turn else None, "auto", experts=weights)
+    single = percentile(latencies["single"], 50)
+    return {
+        "operator": "cat",
+        "members": 2,
+        **{f"{kind}_ms": spread(each) for kind, each in latencies.items()},
+        "added_ms": {kind: percentile(each, 50) - single for kind, each in latencies.items() if kind != "single"},
     }
 
 
@@ -233,6 +273,10 @@ def figures(seconds: list[float], latencies: list[float], tokens: int) -> dict[s
         "p50_ms": percentile(latencies, 50),
         "p95_ms": percentile(latencies, 95),
     }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"p50": percentile(values, 50), "p95": percentile(values, 95)}
 
 
 def percentile(values: list[float], q: float) -> float:

@@ -13,6 +13,12 @@ from serving.commands.common import AsJson, err, fail, out, print_json
 
 app = typer.Typer(help="Measure what this machine does.", no_args_is_help=True)
 
+BLENDED = {
+    "cold": "merged by cat, built and loaded for the request",
+    "warm": "the same blend again",
+    "composite": "in a resident composite, weights in the request",
+}
+
 
 @app.callback()
 def bench() -> None:
@@ -31,8 +37,9 @@ def bench_serve(
 ) -> None:
     """Serve a manifest and measure `auto` against the same engine with the expert named by the client.
 
-    Both kinds take turns in one run, with prompts that the server has not seen. Also: time to a decision, time
-    from registering an expert to its first routed answer, and start-up time.
+    Both kinds take turns in one run, with prompts that the server has not seen. Also: time to a decision, what a
+    blend of two experts adds to a request (at its first use, and later), time from registering an expert to its first
+    routed answer, and start-up time.
     """
     from serving.bench import BenchFailed, bench_served
 
@@ -57,6 +64,11 @@ def bench_serve(
     out.print(table)
     route = result["route_ms"]
     out.print(f"time to a decision, one at a time: p50 {route['p50']:.1f} ms, p95 {route['p95']:.1f} ms")
+    if blend := result["blend"]:
+        out.print(f"one token from one expert: p50 {blend['single_ms']['p50']:.1f} ms; from two,")
+        for kind, what in BLENDED.items():
+            took, added = blend[f"{kind}_ms"], blend["added_ms"][kind]
+            out.print(f"  {what}: p50 {took['p50']:.1f} ms ({added:+.1f}), p95 {took['p95']:.1f} ms")
     out.print(f"POST /v1/experts to the first routed answer: {result['register_to_answer_s']:.2f} s")
     out.print(f"start-up: {result['startup_s']:.0f} s, with the manifest's experts registered")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from router.encoder import Encoder, Vectors
+from router.encoder import Encoder, Vectors, head_of
 
 CHUNK = 64
 LIMIT = 512 * 2**20  # bytes of vectors on disk: 350,000 texts of all-MiniLM-L6-v2
@@ -42,6 +42,10 @@ class Remembering:
     @property
     def dim(self) -> int:
         return self._encoder.dim
+
+    @property
+    def head(self) -> int:
+        return head_of(self._encoder)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         if self._fresh:

@@ -42,6 +42,11 @@ class Encoder(Protocol):
         ...
 
 
+def head_of(encoder: Encoder) -> int:
+    """How many of an encoder's columns, the first, are the text's embedding; more are of inner layers."""
+    return int(getattr(encoder, "head", encoder.dim))
+
+
 class SentenceTransformerEncoder:
     """An embedding model through sentence-transformers, on the CPU.
 
@@ -106,8 +111,11 @@ def load_encoder(
     revision: str | None = None,
     prefix: str = "",
     threads: int | None = None,
+    layers: bool = True,
 ) -> Encoder:
     """The encoder for a model, as `SentenceTransformerEncoder` takes it.
+
+    With `layers`, ONNX Runtime gives what inner layers say of a text, too: a longer vector, the usual one at its head.
 
     `onnx` and `onnx-int8` are ONNX Runtime in either precision; `auto` is the int8 one for the models it can run
     (`router.onnx`), else `torch`. Raises UnknownEncoder; UnsupportedEncoder if a named backend cannot run the model.
@@ -117,7 +125,9 @@ def load_encoder(
 
         precision: Literal["fp32", "int8"] = "fp32" if backend == "onnx" else "int8"
         try:
-            return OnnxEncoder(model, precision=precision, revision=revision, prefix=prefix, threads=threads)
+            return OnnxEncoder(
+                model, precision=precision, revision=revision, prefix=prefix, threads=threads, layers=layers
+            )
         except UnsupportedEncoder:
             if backend != "auto":
                 raise

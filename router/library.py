@@ -32,6 +32,7 @@ class Library:
     generation     the registry's, at the time of the snapshot
     max_rank       rows that one composite of several experts may have, None: any number
     learned        what was learned beside the registry, calibration included
+    head           columns of an embedding that are the sentence embedding, the first; 0: all (`sentence`)
     """
 
     experts: tuple[Expert, ...]
@@ -44,6 +45,7 @@ class Library:
     registered: tuple[Vectors, ...] = ()
     refused: tuple[Vectors, ...] = ()
     learned: Learned = NOTHING
+    head: int = 0
     _pieces: Mapping[str, Vectors] = field(default_factory=dict, repr=False)  # what was encoded, by key
     _visible: dict[str | None, Mask] = field(init=False, repr=False)
     _made: dict[Hashable, object] = field(init=False, repr=False, default_factory=dict)
@@ -65,6 +67,11 @@ class Library:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]  # type: ignore[return-value]
+
+    @property
+    def sentences(self) -> tuple[Vectors, ...]:
+        """(n_k, head) of each expert: `prototypes` without what inner layers of the encoder say."""
+        return self.once("sentences", lambda: tuple(sentence(rows, self.head) for rows in self.prototypes))
 
     def spoiled(self, vector: Vectors) -> Mask:
         """(n,) true for experts that answered a prompt badly which is more like this one (dim,) than any of their own.
@@ -100,6 +107,7 @@ def build(
     previous: Library | None = None,
     learned: Learned = NOTHING,
     encoder: str = "",
+    head: int = 0,
 ) -> Library:
     """A library of these experts, encoding (in one call) only what is neither `stored` nor in `previous`.
 
@@ -142,8 +150,18 @@ def build(
         registered=tuple(each[0] for each in rows),
         refused=tuple(unit_rows(refused.get(expert.name, none)) for expert in ordered),
         learned=learned,
+        head=head,
         _pieces={key: known[key] for key in pieces},
     )
+
+
+def sentence(vectors: Vectors, head: int) -> Vectors:
+    """(..., d) -> (..., head): the sentence embeddings in an encoder's vectors, of length 1; 0: they are all of it."""
+    if head in (0, vectors.shape[-1]):
+        return vectors
+    first = vectors[..., :head]
+    lengths = np.linalg.norm(first, axis=-1, keepdims=True)
+    return np.asarray(first / np.where(lengths > 0, lengths, 1), np.float32)
 
 
 def unit_rows(vectors: Vectors) -> Vectors:

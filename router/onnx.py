@@ -27,6 +27,7 @@ Precision = Literal["fp32", "int8"]
 
 RECIPE = 1  # of the graphs: whatever changes them counts it up
 PARTS = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+BLOCKS = 3  # vectors of a text with layers: its own, and two of inner layers
 TOKENS = 256  # word pieces, padding included, in one run: on a CPU more at once takes longer for each
 
 
@@ -34,8 +35,10 @@ class OnnxEncoder:
     """The encoder that `SentenceTransformerEncoder` is, for BERT models, several times as fast.
 
     fp32 differs from torch by rounding only (cosine > .99999), so it has the same id and their vectors may be
-    compared; int8 has an id of its own. The built graph is kept in `cache` (the user's cache folder when None), which
-    may be deleted at any time. Raises UnsupportedEncoder for other kinds of models, UnknownEncoder for none.
+    compared; int8 has an id of its own. With `layers`, the mean outputs of two inner layers stand behind each text's
+    own vector (`head` columns), each as long, and the id says so. The built graph is kept in `cache` (the user's cache
+    folder when None), which may be deleted at any time. Raises UnsupportedEncoder for other kinds of models,
+    UnknownEncoder for none.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class OnnxEncoder:
         prefix: str = "",
         threads: int | None = None,
         cache: Path | None = None,
+        layers: bool = False,
     ) -> None:
         try:
             import onnxruntime
@@ -58,7 +62,8 @@ class OnnxEncoder:
         length = max_length(folder)
         weights = fingerprint(folder)
         cache = cache or platformdirs.user_cache_path("moerge") / "encoders"
-        content = keep(cache / f"{weights}-{precision}.{RECIPE}", lambda: export(folder, precision))
+        extra = "+layers" if layers else ""
+        content = keep(cache / f"{weights}-{precision}.{RECIPE}{extra}", lambda: export(folder, precision, layers))
         try:
             self._session = session(content, threads)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -66,9 +71,10 @@ class OnnxEncoder:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(length)
         self._tokenizer.no_padding()
-        kind = "" if precision == "fp32" else f"-{precision}.{RECIPE}"
+        kind = extra if precision == "fp32" else f"-{precision}.{RECIPE}{extra}"
         self._id = f"{model_name(model)}{kind}@{fingerprint(folder, prefix) if prefix else weights}"
         self._dim = int(self._session.get_outputs()[0].shape[1])
+        self._head = self._dim // BLOCKS if layers else self._dim
         self._prefix = prefix
 
     @property
@@ -78,6 +84,11 @@ class OnnxEncoder:
     @property
     def dim(self) -> int:
         return self._dim
+
+    @property
+    def head(self) -> int:
+        """Columns of the text's own vector, the first of `dim`."""
+        return self._head
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         rows = [self._tokenizer.encode(self._prefix + text).ids for text in texts]  # one thread, unlike encode_batch
@@ -150,7 +161,7 @@ def _named(path: Path, content: bytes) -> Path:
     return path.with_name(f"{path.name}-{hashlib.sha256(content).hexdigest()[:16]}.onnx")
 
 
-def export(folder: Path, precision: Precision) -> bytes:
+def export(folder: Path, precision: Precision, layers: bool = False) -> bytes:
     """The model in a sentence-transformers folder as an ONNX file."""
     try:
         from router import onnx_graph
@@ -159,8 +170,14 @@ def export(folder: Path, precision: Precision) -> bytes:
 
     bert, weights = read(folder)
     product = onnx_graph.dense if precision == "fp32" else onnx_graph.quantised(ranges(bert, weights))
-    content: bytes = onnx_graph.build(bert, weights, product).SerializeToString()
+    inner = inner_layers(bert.layers) if layers else ()
+    content: bytes = onnx_graph.build(bert, weights, product, layers=inner).SerializeToString()
     return content
+
+
+def inner_layers(count: int) -> tuple[int, ...]:
+    """The layers at one and two thirds of the way up: what they hold of a text's form is gone at the top."""
+    return tuple(round(count * n / BLOCKS) for n in range(1, BLOCKS))
 
 
 def ranges(bert: Bert, weights: Weights) -> dict[str, Vectors]:

@@ -64,8 +64,14 @@ class Graph:
         return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
-def build(bert: Bert, weights: Weights, product: Product, probes: Sequence[str] = ()) -> onnx.ModelProto:
-    """ids, mask (n, s) int32, padded on the right -> `vectors` (n, d), of length 1; and the `probes`, by name."""
+def build(
+    bert: Bert, weights: Weights, product: Product, probes: Sequence[str] = (), layers: Sequence[int] = ()
+) -> onnx.ModelProto:
+    """ids, mask (n, s) int32, padded on the right -> `vectors` (n, d), of length 1; and the `probes`, by name.
+
+    With `layers`, the mean outputs of these layers are behind the text's vector, each scaled to the same length:
+    (n, d + d len(layers)), of length 1.
+    """
     graph = Graph()
     constant, node = graph.constant, graph.node
     # All word pieces belong to segment 0, so its vector is part of the positions'.
@@ -78,15 +84,20 @@ def build(bert: Bert, weights: Weights, product: Product, probes: Sequence[str] 
         x = _layer(graph, bert, weights, product, x, n)
 
     first = constant("first", [1], np.int64)
-    if bert.pooling == "mean":  # mask x is the sum over tokens, which has the mean's direction
-        node("Cast", ["mask"], "mask32", to=TensorProto.FLOAT)
-        node("Unsqueeze", ["mask32", first], "row")  # (n, 1, s)
-        node("MatMul", ["row", x], "sum")  # (n, 1, d)
-        node("Squeeze", ["sum", first], "pooled")
-    else:
-        node("Gather", [x, constant("cls", 0, np.int64)], "pooled", axis=1)
-    node("LpNormalization", ["pooled"], "vectors", axis=-1, p=2)
-    d = weights["embeddings.word_embeddings.weight"].shape[1]
+    node("Cast", ["mask"], "mask32", to=TensorProto.FLOAT)
+    node("Unsqueeze", ["mask32", first], "row")  # (n, 1, s)
+
+    def mean(x: str) -> str:
+        """mask x is the sum over tokens, which has the mean's direction."""
+        return node("Squeeze", [node("MatMul", ["row", x], f"{x}.total"), first], f"{x}.mean")
+
+    pooled = mean(x) if bert.pooling == "mean" else node("Gather", [x, constant("cls", 0, np.int64)], "cls.of", axis=1)
+    blocks = [pooled, *(mean(str(n)) for n in layers)]
+    if layers:
+        units = [node("LpNormalization", [block], f"{block}.unit", axis=-1, p=2) for block in blocks]
+        pooled = node("Concat", units, "blocks", axis=-1)
+    node("LpNormalization", [pooled], "vectors", axis=-1, p=2)
+    d = weights["embeddings.word_embeddings.weight"].shape[1] * len(blocks)
     return graph.model({"vectors": ["n", d]} | {probe: ["n", "s", None] for probe in probes})
 
 

@@ -17,7 +17,7 @@ from adapters_registry.expert import Expert
 from router import library as libraries
 from router.batching import MicroBatcher, Vector
 from router.decision import Decision
-from router.encoder import Encoder, Vectors
+from router.encoder import Encoder, Vectors, head_of
 from router.errors import NotReady, RouterClosed, UnknownMethod
 from router.library import Library, Mask
 from router.method import Method, MethodSettings, Query, Standing, abstain, calibrated, decide, fitted, standing
@@ -158,6 +158,7 @@ class Router:
                 previous=old.library if old else None,
                 learned=learned,
                 encoder=self.encoder_id,
+                head=head_of(self.encoder),
             )
             methods = {
                 name: calibrated(

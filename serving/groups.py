@@ -154,7 +154,7 @@ class Groups:
         if self._by == "prototypes":
             library = service.router.library
             assert library is not None
-            rows = {expert.id: vectors for expert, vectors in zip(library.experts, library.prototypes, strict=True)}
+            rows = {expert.id: vectors for expert, vectors in zip(library.experts, library.sentences, strict=True)}
             experts = [each for each in experts if len(rows.get(each.id, ()))]
             similarity = prototype_similarity([rows[each.id] for each in experts])
         else:

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from router.encoder import Vectors
-from router.library import Library
+from router.library import Library, sentence
 from router.method import MethodSettings, Query, Scores
 from router.methods.retrieval import centroid, cohesion
 from router.mixture import Mixing, MixtureSettings
@@ -51,7 +51,7 @@ class Centroids(Mixing):
         self.settings = settings
         self.made = made  # of each key: its centroids (m, dim) and its threshold
         groups = [made[key][0] for key in library.keys]
-        self._rows = np.concatenate([np.zeros((0, library.dim), np.float32), *groups])  # (M, dim)
+        self._rows = np.concatenate([np.zeros((0, library.head or library.dim), np.float32), *groups])  # (M, dim)
         self._expert = np.repeat(np.arange(len(library)), [len(group) for group in groups])  # (M,)
         self.thresholds = np.array([made[key][1] for key in library.keys], float)
         if settings.threshold is not None:
@@ -67,13 +67,13 @@ class Centroids(Mixing):
             key: known[key]
             if key in known
             else (spherical(vectors, count(vectors, settings)), OFFSET + SLOPE * cohesion(vectors, "centroid"))
-            for key, vectors in zip(library.keys, library.prototypes, strict=True)
+            for key, vectors in zip(library.keys, library.sentences, strict=True)
         }
         return cls(library, settings, made)
 
     def score(self, query: Query) -> Scores:
         scores = np.full(len(query.among), -np.inf)
-        np.maximum.at(scores, self._expert, self._rows @ query.vector)
+        np.maximum.at(scores, self._expert, self._rows @ sentence(query.vector, self._rows.shape[1]))
         return scores.round(6)  # so that equal samples tie
 
 

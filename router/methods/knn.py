@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import numpy as np
 from pydantic import Field
 
-from router.library import Library
+from router.library import Library, sentence
 from router.method import MethodSettings, Query, Scores
 from router.methods.retrieval import cohesion
 from router.mixture import Mixing, MixtureSettings
@@ -56,8 +56,10 @@ class KNN(Mixing):
     def __init__(self, library: Library, settings: KNNSettings, own: dict[str, float]) -> None:
         self.settings = settings
         self.own = own  # threshold of each key
-        self._rows = np.concatenate([np.zeros((0, library.dim), np.float32), *library.prototypes])  # (N, dim)
-        self._expert = np.repeat(np.arange(len(library)), [len(group) for group in library.prototypes])  # (N,)
+        self._rows = np.concatenate(
+            [np.zeros((0, library.head or library.dim), np.float32), *library.sentences]
+        )  # (N, dim)
+        self._expert = np.repeat(np.arange(len(library)), [len(group) for group in library.sentences])  # (N,)
         self.thresholds = np.array([own[key] for key in library.keys], float)
         if settings.threshold is not None:
             self.thresholds = np.full(len(library), settings.threshold)
@@ -69,13 +71,14 @@ class KNN(Mixing):
         known = previous.own if previous else {}
         own = {
             key: known[key] if key in known else OFFSET + SLOPE * cohesion(vectors, "best")
-            for key, vectors in zip(library.keys, library.prototypes, strict=True)
+            for key, vectors in zip(library.keys, library.sentences, strict=True)
         }
         return cls(library, settings, own)
 
     def score(self, query: Query) -> Scores:
         allowed = np.flatnonzero(query.among[self._expert])
-        cosines = self._rows[allowed] @ query.vector if len(allowed) < len(self._rows) else self._rows @ query.vector
+        vector = sentence(query.vector, self._rows.shape[1])
+        cosines = self._rows[allowed] @ vector if len(allowed) < len(self._rows) else self._rows @ vector
         K, b = self.settings.neighbours, self.settings.bandwidth
         nearest = np.argsort(-cosines.round(6), kind="stable")[:K]
         votes = np.zeros(len(query.among))

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from router.encoder import Vectors
 from router.index import PrototypeIndex
-from router.library import Library
+from router.library import Library, sentence
 from router.method import MethodSettings, Query, Scores
 from router.mixture import Mixing, MixtureSettings
 from router.taxonomy import Reference, Taxonomy
@@ -89,12 +89,12 @@ class Retrieval(Mixing):
         and what it still needs stays until the next fit.
         """
         assert isinstance(settings, RetrievalSettings)
-        index = previous.index if previous else PrototypeIndex(library.dim)
+        index = previous.index if previous else PrototypeIndex(library.head or library.dim)
         known = previous.own if previous else {}
         for key in set(index.keys()) - set(known) - set(library.keys):
             index.remove(key)
         own = {}
-        for key, vectors in zip(library.keys, library.prototypes, strict=True):
+        for key, vectors in zip(library.keys, library.sentences, strict=True):
             if key not in index:
                 index.put(key, centroid(vectors) if settings.scoring == "centroid" else vectors)
             own[key] = known[key] if key in known else own_threshold(vectors, settings.scoring)
@@ -104,7 +104,7 @@ class Retrieval(Mixing):
         among = np.zeros(len(self._expert), bool)
         among[self._slots[query.among]] = True
         m = self.settings.k if self.settings.scoring == "vote" else REACH
-        slots, cosines = self.index.search(query.vector, m, among)  # (m,) both, best first
+        slots, cosines = self.index.search(sentence(query.vector, self.index.dim), m, among)  # (m,) both, best first
         experts = self._expert[slots]
         scores = np.full(len(self._slots), -np.inf)
         if self.settings.scoring == "vote":

@@ -21,7 +21,7 @@ from eval.routebench import prompt_sets, quickstart_set
 from router import onnx as onnx_module
 from router.encoder import Backend, SentenceTransformerEncoder, Vectors, bundled_minilm, fingerprint, load_encoder
 from router.errors import UnknownEncoder, UnsupportedEncoder
-from router.onnx import OnnxEncoder, batches, export, keep, session
+from router.onnx import OnnxEncoder, Precision, batches, export, keep, session
 from router.onnx_graph import Graph, dense, quantised, smoothing
 from router.text import BUDGET, shorten
 
@@ -286,9 +286,9 @@ def home(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("backend", "kind", "name"),
     [
-        ("auto", OnnxEncoder, "all-MiniLM-L6-v2-int8.1"),
-        ("onnx-int8", OnnxEncoder, "all-MiniLM-L6-v2-int8.1"),
-        ("onnx", OnnxEncoder, "all-MiniLM-L6-v2"),
+        ("auto", OnnxEncoder, "all-MiniLM-L6-v2-int8.1+layers"),
+        ("onnx-int8", OnnxEncoder, "all-MiniLM-L6-v2-int8.1+layers"),
+        ("onnx", OnnxEncoder, "all-MiniLM-L6-v2+layers"),
         ("torch", SentenceTransformerEncoder, "all-MiniLM-L6-v2"),
     ],
 )
@@ -329,3 +329,28 @@ def test_a_start_imports_neither_torch_nor_what_builds_graphs(int8: OnnxEncoder,
     )
     done = subprocess.run([sys.executable, "-c", code, str(cache)], capture_output=True, text=True, check=True)
     assert done.stdout == "(1, 384) set()\n"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_inner_layers_stand_behind_the_same_vector(precision: Precision, cache: Path, fp32: OnnxEncoder) -> None:
+    """Slow twin: transformers' hidden states, averaged over the tokens."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["Spell banana backwards", "Übersetze das: 你好 👋", "a longer text. " * 30]
+    encoder = OnnxEncoder(precision=precision, threads=1, cache=cache, layers=True)
+    assert (encoder.dim, encoder.head) == (3 * 384, 384)
+    vectors = encoder.encode(texts)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    blocks = vectors.reshape(3, 3, 384) * 3**0.5  # (texts, blocks, d)
+
+    folder = bundled_minilm()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    for text, found in zip(texts, blocks, strict=True):
+        with torch.no_grad():
+            states = model(**tokenizer([text], return_tensors="pt"), output_hidden_states=True).hidden_states
+        wanted = np.stack([states[n][0].mean(0).numpy() for n in (6, 2, 4)])
+        wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+        assert (wanted * found).sum(axis=1).min() > (0.99999 if precision == "fp32" else 0.99)
+    np.testing.assert_allclose(blocks[:, 0], OnnxEncoder(precision=precision, cache=cache).encode(texts), atol=1e-5)
+    assert fp32.head == fp32.dim == 384

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from serving.commands import ask, bench, doctor, experts, gates, groups, keys, serve
+from serving.commands import ask, bench, blend_search, blends, doctor, experts, gates, groups, keys, serve
 
 app = typer.Typer(
     name="moerge",
@@ -39,6 +39,8 @@ app.command("route")(ask.route)
 app.command("chat")(ask.chat)
 app.command("doctor")(doctor.doctor)
 app.add_typer(experts.app, name="expert")
+blends.app.command("search")(blend_search.search)
+app.add_typer(blends.app, name="blend")
 app.add_typer(keys.app, name="keys")
 app.add_typer(gates.app, name="gates")
 app.add_typer(groups.app, name="groups")

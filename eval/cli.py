@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -60,6 +61,10 @@ def routing(
         list[str] | None,
         typer.Option(help="'retrieval' or 'retrieval:scoring=best,k=5'; repeatable. 'all': every one that there is."),
     ] = None,
+    far: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Calibrate first, for this false-accept rate; see `moerge router calibrate`."),
+    ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="OUT", help="Result as JSON; '-': stdout.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Folder or Hub id; the packaged one if not given.")] = None,
     backend: Annotated[Backend, typer.Option(help="What runs it.")] = "auto",
@@ -94,10 +99,10 @@ def routing(
     for line in warnings(prompts):
         _err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     with progress_bar() as tell:
-        results, encoder_id = _measure(specs, prompts, encoder, backend, cache, resamples, seed, tell)
+        results, encoder_id = _measure(specs, prompts, encoder, backend, cache, far, resamples, seed, tell)
     document = {
         "results": [result.json() for result in results],
-        "ran": ran(files, prompts, encoder_id, resamples, seed),
+        "ran": {**ran(files, prompts, encoder_id, resamples, seed), "far": far},
     }
     if json_file == "-":
         typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
@@ -113,20 +118,22 @@ def _measure(
     encoder: str | None,
     backend: Backend,
     cache: bool,
+    far: float | None,
     resamples: int,
     seed: int,
     tell: Tell,
 ) -> tuple[list[Result], str]:
     from eval.encodings import Remembering, default_folder
-    from eval.routing import measure
+    from eval.routing import CalibrationFailed, measure
     from router.encoder import load_encoder
     from router.errors import RouterError
 
     try:
         remembering = Remembering(load_encoder(encoder, backend=backend), default_folder() if cache else None)
         remembering.prepare(prompts.texts(), lambda done, total: tell("encoding", done, total))
-        measured = [measure(s, prompts, remembering, resamples=resamples, seed=seed, tell=tell) for s in specs]
-    except RouterError as error:
+        each = partial(measure, far=far, resamples=resamples, seed=seed, tell=tell)
+        measured = [each(spec, prompts, remembering) for spec in specs]
+    except (RouterError, CalibrationFailed) as error:
         _fail(str(error))
     return measured, remembering.id
 

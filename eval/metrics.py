@@ -1,4 +1,4 @@
-"""Figures of merit for routing: ranks, calibration, and how well a score tells two kinds of prompts apart.
+"""Figures of merit for routing: ranks, and how well a score tells two kinds of prompts apart.
 
 A bootstrap calls them thousands of times: they are scikit-learn's figures without its checks of arguments.
 """
@@ -33,10 +33,3 @@ def false_positives(inside: Floats, outside: Floats, recall: float = 0.95) -> fl
     """Share of `outside` (m,) accepted by the highest threshold that accepts a share `recall` of `inside` (n,)."""
     accepted = int(np.ceil(recall * len(inside) - 1e-9))
     return float((outside >= np.sort(inside)[-accepted]).mean())
-
-
-def calibration_error(confidence: Floats, right: NDArray[np.bool_], bins: int = 10) -> float:
-    """Expected calibration error: mean distance between confidence and accuracy over bins of confidence, both (n,)."""
-    of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(of, confidence, bins) - np.bincount(of, right, bins)
-    return float(np.abs(gaps).sum() / len(confidence))

@@ -11,6 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,25 @@ from eval import metrics
 from eval.encodings import Remembering
 from eval.intervals import RESAMPLES, Estimate, Groups, estimate
 from eval.prompts import Prompt, Prompts
+from router.calibrating import calibrate, calibration_error
 from router.decision import Decision
 from router.encoder import Vectors
+from router.held_out import hold_out
 from router.library import Library, build
+from router.method import fitted
+from router.methods import METHODS
 from router.router import Router, RouterSettings
+from router.versions import Content, Learned
 
 Tell = Callable[[str, int, int], None]
 Flags = NDArray[np.bool_]
 
 TIMED = 200  # prompts whose decisions are timed
 WARM_UP = 5
+
+
+class CalibrationFailed(Exception):
+    """A router cannot be calibrated with these samples."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +132,15 @@ def measure(
     prompts: Prompts,
     encoder: Remembering,
     *,
+    far: float | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
     tell: Tell = lambda what, done, total: None,
 ) -> Result:
-    """Fit the router to the registered prompts, route all others, and time some. Blocks for as long as that takes."""
+    """Fit the router to the registered prompts, route all others, and time some. Blocks for as long as that takes.
+
+    With `far` it is calibrated first, as `moerge router calibrate --far` does it: on its samples alone.
+    """
     experts = experts_of(prompts.samples, prompts.descriptions)
     encoder.prepare(prompts.texts())
     router = Router(encoder, RouterSettings(method=spec.method, methods={spec.method: dict(spec.settings)}))
@@ -133,6 +148,8 @@ def measure(
         started = time.perf_counter()
         router.refresh(experts)
         fit_s = time.perf_counter() - started
+        if far is not None:
+            router.refresh(experts, learned=learn(router, spec, far, tell))
         everything = [*prompts.test, *prompts.ood]
         decisions = []
         for done, (_, text) in enumerate(everything):
@@ -151,6 +168,24 @@ def measure(
         tell(f"{spec.name}: intervals", len(estimates), len(figures))
         estimates[name] = estimate(statistic, populations, resamples=resamples, seed=seed)
     return Result(spec, estimates, confusions(own), fit_s)
+
+
+def learn(router: Router, spec: RouterSpec, far: float, tell: Tell) -> Learned:
+    """A calibration for a wanted false-accept rate, from held-out samples of what the router serves.
+
+    Raises CalibrationFailed where there is nothing to hold out.
+    """
+    kind = METHODS[spec.method]
+    settings = kind.Settings.model_validate(dict(spec.settings))
+    library = router.library
+    assert library is not None
+    try:
+        held = hold_out(kind, settings, library, tell=partial(tell, f"{spec.name}: calibration"))
+        found, _ = calibrate(held, fitted(kind, library, settings), settings, far=far, encoder=router.encoder_id)
+    except ValueError as error:
+        raise CalibrationFailed(f"{spec.name}: {error}") from error
+    kept = {spec.method: found.model_dump(mode="json")}
+    return Learned(Content(number=1, created_at=datetime.now(UTC), calibration=kept))
 
 
 def outcomes(prompts: Sequence[Prompt], decisions: Sequence[Decision]) -> Outcomes:
@@ -214,14 +249,14 @@ def figures_of(own: Outcomes, other: Outcomes, clusters: Mapping[str, str]) -> d
         )
         figures["false_accepts"] = (lambda others: float(other.answered[others].mean()), [strangers])
         figures["ece"] = (
-            lambda rows, others: metrics.calibration_error(
+            lambda rows, others: calibration_error(
                 np.concatenate([own.confidence[rows], other.confidence[others]]),
                 np.concatenate([right[rows], ~other.answered[others]]),
             ),
             [tests, strangers],
         )
     else:
-        figures["ece"] = (lambda rows: metrics.calibration_error(own.confidence[rows], right[rows]), [tests])
+        figures["ece"] = (lambda rows: calibration_error(own.confidence[rows], right[rows]), [tests])
     return figures
 
 

@@ -4,7 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -20,6 +20,7 @@ def disagreements(scores: np.ndarray, ranking: tuple[int, ...] | list[int]) -> i
     return sum(task[b] > task[a] for task in scores for a, b in pairs)
 
 
+@settings(deadline=None)
 @given(SCORES)
 def test_kemeny_is_the_best_of_all_rankings(scores: np.ndarray) -> None:
     ranking = kemeny(scores)
@@ -41,6 +42,7 @@ def test_ties_keep_their_order_and_beat_half() -> None:
     assert borda(np.ones((3, 1))) == pytest.approx([0])
 
 
+@settings(deadline=None)
 @given(SCORES)
 def test_borda_counts_duels(scores: np.ndarray) -> None:
     systems = range(scores.shape[1])

@@ -7,7 +7,18 @@ import pytest
 
 from eval.encodings import Remembering
 from eval.prompts import Prompts
-from eval.routing import Outcomes, Result, RouterSpec, confusions, experts_of, figures_of, library_of, measure, outcomes
+from eval.routing import (
+    CalibrationFailed,
+    Outcomes,
+    Result,
+    RouterSpec,
+    confusions,
+    experts_of,
+    figures_of,
+    library_of,
+    measure,
+    outcomes,
+)
 from router.encoder import Vectors
 from router.library import build
 from router.method import Query, decide
@@ -89,6 +100,38 @@ def test_the_calibration_error_counts_abstentions_out_of_domain_as_right() -> No
     other = Outcomes(("", ""), np.zeros(2, int), ("a", "a"), np.zeros(2), np.array([0.7, 0.3]), np.array([False, True]))
     statistic, groups = figures_of(own, other, {})["ece"]
     assert statistic(*(each.everything for each in groups)) == pytest.approx((0.1 + 0.3 + 0.3) / 3)
+
+
+def test_the_calibration_error_agrees_with_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    confidence, n = rng.random(500), 500
+    right = rng.random(n) < confidence**2
+    own = Outcomes(("a",) * n, right.astype(int), ("a",) * n, np.ones(n), confidence, np.ones(n, bool))
+    statistic, groups = figures_of(own, Outcomes((), np.zeros(0, int), (), *np.zeros((2, 0)), np.zeros(0, bool)), {})[
+        "ece"
+    ]
+    expected = 0.0
+    for low in np.arange(10) / 10:
+        inside = (confidence >= low) & (confidence < low + 0.1)
+        expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    assert statistic(groups[0].everything) == pytest.approx(expected)
+
+
+def test_a_router_may_be_calibrated_first() -> None:
+    samples = {letter: tuple(letter * n + "x" for n in range(1, 9)) for letter in "abc"}
+    prompts = Prompts(samples, (("a", "aaab"), ("b", "bbbc")), ood=(("", "xyz"), ("", "xya")))
+    found = [
+        measure(RouterSpec("r", "retrieval"), prompts, Remembering(Letters()), far=far, resamples=100).metrics["ece"]
+        for far in (None, 0.05)
+    ]
+    assert found[0].value != found[1].value
+    with pytest.raises(CalibrationFailed, match=r"^r: "):
+        measure(
+            RouterSpec("r", "retrieval"),
+            Prompts({"a": ("a",), "b": ("b",)}, PROMPTS.test),
+            Remembering(Letters()),
+            far=0.05,
+        )
 
 
 def test_outcomes_are_read_from_decisions() -> None:

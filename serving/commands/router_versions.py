@@ -101,10 +101,12 @@ def show(
         f"Version {learned.number}, {in_force}, from version {content.parent}. {content.note}".rstrip(), markup=False
     )
     out.print(f"{summary['good']} good and {summary['bad']} bad answers to learn from.", highlight=False)
-    for name, each in content.calibration.items():
-        out.print(f"{name} is calibrated: {each}", markup=False, highlight=False, soft_wrap=True)
-    for name, each in content.report.items():
-        out.print(f"{name}: {each}", markup=False, highlight=False, soft_wrap=True)
+    if content.calibration:
+        out.print(f"Calibrated: {', '.join(sorted(content.calibration))}.", highlight=False)
+    if "training" in content.report:
+        from router.learning import Report
+
+        out.print(_table(Report.model_validate(content.report["training"])))
     _warn(active)
 
 

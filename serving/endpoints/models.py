@@ -8,9 +8,9 @@ from fastapi import APIRouter
 
 from adapters_registry.blends import PREFIX, Blend
 from adapters_registry.expert import Expert
+from serving.deciding import AUTO
 from serving.endpoints.common import InferCaller, ServiceDep
 from serving.errors import ModelNotFound
-from serving.inference import AUTO
 from serving.service import Service
 
 endpoints = APIRouter(tags=["models"])

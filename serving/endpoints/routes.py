@@ -9,10 +9,11 @@ from pydantic import BaseModel
 
 from router.decision import Decision
 from serving.auth import Caller
+from serving.deciding import decide, is_routed, read_text, requested_model, turn_of
 from serving.endpoints.common import InferCaller, ServiceDep
 from serving.errors import BadRequest, ModelNotFound
 from serving.extension import take_extension
-from serving.inference import arguments, decide, is_routed, read_text, requested_model, turn_of
+from serving.inference import arguments
 from serving.internal import one_token, post
 from serving.probing import probe
 from serving.service import Service

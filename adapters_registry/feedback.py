@@ -31,7 +31,7 @@ class Decided:
     candidates  who was considered: {"expert", "score"} of the best
     router      the version of what the router had learned
     encoder     the id of what made the vector
-    vector      (dim,) the prompt's embedding; (0,) when there is none
+    vector      (dim,) the prompt's embedding, in half precision; (0,) when there is none
     text        the prompt's routing text, None where texts are not kept
     score       from 0 (bad) to 1 (good), None: nobody has said
     """
@@ -131,10 +131,10 @@ def _row(decided: Decided) -> DecisionRow:
     fields |= {"experts": list(decided.experts), "candidates": list(decided.candidates)}
     if decided.text is not None:
         fields["text"] = decided.text.replace("\0", " ")  # PostgreSQL cannot store it
-    vector = np.asarray(decided.vector, "<f4")
+    vector = np.asarray(decided.vector, "<f2")
     return DecisionRow(**{**fields, "vector": vector.tobytes()})
 
 
 def _decided(row: DecisionRow) -> Decided:
     fields = {name: getattr(row, name) for name in Decided.__dataclass_fields__}
-    return Decided(**{**fields, "vector": np.frombuffer(row.vector, "<f4").astype(np.float32)})
+    return Decided(**{**fields, "vector": np.frombuffer(row.vector, "<f2").astype(np.float32)})

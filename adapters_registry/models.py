@@ -169,7 +169,7 @@ class EventRow(Table):
 class DecisionRow(Table):
     """A decision that was made for a request, and what the user thought of the answer.
 
-    `vector` is the prompt's embedding by `encoder`, little-endian float32; `text` is empty unless texts are kept.
+    `vector` is the prompt's embedding by `encoder`, little-endian float16; `text` is empty unless texts are kept.
     """
 
     __tablename__ = "decisions"

@@ -172,6 +172,7 @@ class Trial:
             previous=self.library,
             learned=learned,
             encoder=self.encoder,
+            head=self.library.head,
         )
 
     def fit(self, library: Library) -> Method:

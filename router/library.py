@@ -80,11 +80,15 @@ class Library:
         """
         bad: NDArray[np.float64] = np.full(len(self), -np.inf)
         good = bad.copy()
-        for expert, refused in self.once("refused", lambda: [(k, r) for k, r in enumerate(self.refused) if len(r)]):
-            bad[expert] = (refused @ vector).max()
-            good[expert] = (self.prototypes[expert] @ vector).max(initial=-1.0)
+        q = sentence(vector, self.head)
+        for k, refused in self.once("refused", self._refused):
+            bad[k] = (refused @ q).max()
+            good[k] = (self.sentences[k] @ q).max(initial=-1.0)
         nearer: Mask = bad > good + 1e-6  # the same prompt, praised and blamed, counts for the expert
         return nearer
+
+    def _refused(self) -> list[tuple[int, Vectors]]:
+        return [(k, sentence(rows, self.head)) for k, rows in enumerate(self.refused) if len(rows)]
 
     def visible(self, tenant: str | None, allowed: Iterable[str] | None = None) -> Mask:
         """(n,) true for the experts `tenant` may use (None: the operator), of those `allowed` by name."""

@@ -143,7 +143,7 @@ class FeedbackSettings(Section):
     """What is kept of the router's decisions, so that users can judge them and `moerge router train` can learn."""
 
     keep: int = Field(
-        50_000, ge=0, description="Decisions kept without a judgement, and as many with one; 0: none, and no feedback."
+        20_000, ge=0, description="Decisions kept without a judgement, and as many with one; 0: none, and no feedback."
     )
     days: float = Field(30, gt=0, description="Days that a decision is kept.")
     keep_text: bool = Field(False, description="Keep the routing text of prompts too, not only their embeddings.")

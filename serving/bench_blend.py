@@ -90,14 +90,14 @@ def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: 
     taken: dict[str, Taken] = {}
     measured: dict[str, int] = {}
     one: dict[str, Taken] = {}
-    half = {"layers": {"member0": f"0-{max(shape.layers // 2 - 1, 0)}"}}
+    swapped = {"whole": f"0-{max(shape.layers // 2 - 1, 0)}", "module": "0"}  # member0's layers
     with tempfile.TemporaryDirectory(prefix="moerge-bench-") as name:
         folder = Path(name)
         selected = select(folder, shape, dense_layers)
         for operator, declared in OPERATORS.items():
             tell(f"{operator} ...")
-            settings = half if operator == "layer_swap" else {}
             _, module = selected["module"]
+            settings = {"layers": {"member0": swapped["module"]}} if operator == "layer_swap" else {}
             members = [with_statistics(each, declared.statistic, shape.d) for each in module]
             one[operator] = merge(folder / "blend", members, operator, settings, shape, 1)
             if declared.statistic is not None:
@@ -105,6 +105,7 @@ def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: 
                 continue
             low = operator in LOW_RANK
             modules, members = selected["whole" if low else "layers"]
+            settings = {"layers": {"member0": swapped["whole"]}} if operator == "layer_swap" else {}
             taken[operator] = merge(folder / "blend", members, operator, settings, shape, rounds if low else 1)
             measured[operator] = len(modules)
         compared = compare(folder, selected, shape, rounds, tell) if peft else {}

@@ -5,7 +5,7 @@ import math
 from router.blending import OPERATORS
 from serving.bench_blend import PEFT, Shape, bench_blend
 
-TINY = Shape(layers=2, d=24, inner=40, members=3, rank=2)
+TINY = Shape(layers=4, d=24, inner=40, members=3, rank=2)
 
 
 def test_every_operator_is_measured_beside_peft_s() -> None:
@@ -15,9 +15,9 @@ def test_every_operator_is_measured_beside_peft_s() -> None:
         assert result[figures].keys() == OPERATORS.keys()
     assert result["cpu_ratios"].keys() == result["ratios"].keys() == {f"{name}/peft" for name in PEFT}
     assert all(each > 0 and math.isfinite(each) for each in (*result["seconds"].values(), *result["ratios"].values()))
-    assert [result["measured"][name] for name in ("cat", "ties", "regmean")] == [14, 7, 1]
-    assert (result["modules"], result["scaled"]) == (14, False)
-    assert (result["compared"]["cat"]["modules"], result["compared"]["svd"]["modules"]) == (14, 1)
+    assert [result["measured"][name] for name in ("cat", "ties", "regmean")] == [28, 7, 1]
+    assert (result["modules"], result["scaled"]) == (28, False)
+    assert (result["compared"]["cat"]["modules"], result["compared"]["svd"]["modules"]) == (28, 1)
     assert len(told) == len(OPERATORS) + len(PEFT)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from serving.commands.common import DEFAULT_URL, ApiKey, AsJson, Url, answer, client, err, fail, out, print_json
 
-Model = Annotated[str, typer.Option("--model", "-m", help="auto, auto:<method>, an expert, or the base model.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="auto, auto:<method>, an expert, a blend, the base model.")]
 
 
 def route(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -539,3 +541,25 @@ async def test_the_licences_are_the_members(world, tenants, adapters, register):
         ("free", ["non-commercial"]),
         ("count", []),
     ]
+
+
+# What it says of itself
+
+
+async def test_every_field_of_the_body_is_documented(world):
+    schema = (await world.http.get("/openapi.json")).json()["components"]["schemas"]["Wanted"]
+    page = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
+    table = page.partition("### `POST /v1/blends`")[2].partition("\n### ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert documented | {"density", "rank", "seed"} == set(schema["properties"])
+    assert schema["properties"]["members"]["examples"]
+
+
+@pytest.mark.parametrize("field", ["settings", "search"])
+async def test_what_is_nested_without_end_is_a_400(world, field):
+    nested = '{"x":' * 20_000 + "1" + "}" * 20_000
+    content = f'{{"members": ["count"], "{field}": {nested}}}'
+    response = await world.http.post("/v1/blends", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert await stored(world) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serving.commands.blends import read_setting
 from serving.commands.common import AsJson, fail, out, print_json
 from serving.commands.offline import Config, DataDir, Device, ManifestFile, Workplace, progress_bar, workplace
 
@@ -30,7 +30,9 @@ def search(
         str, typer.Option(help="likelihood: of the answers; exact: the share of answers that are exactly right.")
     ] = "likelihood",
     operator: Annotated[str, typer.Option(help="How the members are merged.")] = "cat",
-    settings: Annotated[str, typer.Option(help="The operator's settings, as JSON.")] = "{}",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of the operator's settings; may be repeated.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Evaluations by lorahub.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="Of lorahub's steps.")] = 0,
     description: Annotated[str, typer.Option(help="What it is good at.")] = "",
@@ -47,7 +49,7 @@ def search(
     """
     from router.blending import SEARCHES, BlendError
 
-    options = _options(settings)
+    options = dict(read_setting(each) for each in settings or ())
     names = [each.strip() for each in experts.split(",") if each.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
         fail(f"A search needs at least two experts, each once; --experts has {', '.join(names) or 'none'}.")
@@ -71,16 +73,6 @@ def search(
     out.print(f"{found['name']} ({found['id']}) = {weights}, by {operator}", highlight=False)
     for who, judged in found["judged"].items():
         out.print(f"{who:>10}: loss {judged['loss']:.4f}, exact {judged['exact']:.3f}", highlight=False)
-
-
-def _options(settings: str) -> dict[str, Any]:
-    try:
-        options = json.loads(settings)
-    except ValueError as error:
-        fail(f"--settings is not JSON: {error}")
-    if not isinstance(options, dict):
-        fail(f"--settings is not an object: {settings}")
-    return options
 
 
 def _search(

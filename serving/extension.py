@@ -133,7 +133,8 @@ class Extension(BaseModel):
             Weighted(expert=name, id=visible[name].id, weight=weights[name] / total) for name in sorted(self.experts)
         )
         made = Decision(method="named", kind="select", experts=experts, confidence=1.0, generation=service.generation)
-        if len(experts) == 1 and experts[0].weight == 1 and self.operator not in UNMERGED:
+        unmerged = self.operator not in UNMERGED and self.settings.get("rank") is None
+        if len(experts) == 1 and experts[0].weight == 1 and unmerged:
             return made
         if self.operator is not None:
             return made.model_copy(

@@ -29,6 +29,7 @@ _err = Console(stderr=True)
 
 PAIRS = 10  # confusions that the terminal shows; the JSON has all
 NAMED = 5  # tasks that a warning names
+MARGIN, COLUMN = 17, 23  # characters of the table's first column and of each router's
 
 
 @app.callback()
@@ -248,12 +249,9 @@ def ran(files: Files, prompts: Prompts, encoder_id: str, resamples: int, seed: i
 
 def show(results: Sequence[Result], prompts: Prompts) -> None:
     """The figures, one column to a router, then each router's most frequent confusions."""
-    table = Table("", *(result.router.name for result in results))
-    for name in dict.fromkeys(name for result in results for name in result.metrics):
-        digits = 1 if name.endswith("_ms") else 3
-        cells = [result.metrics[name] for result in results]
-        table.add_row(name, *(f"{c.value:.{digits}f} [{c.low:.{digits}f}, {c.high:.{digits}f}]" for c in cells))
-    _out.print(table)
+    beside = max(1, (_out.width - MARGIN) // max([COLUMN, *(len(result.router.name) + 3 for result in results)]))
+    for start in range(0, len(results), beside):
+        _out.print(_figures(results[start : start + beside]))
     counts = f"{len(prompts.test)} prompts of {len(prompts.samples)} experts, {len(prompts.ood)} out of domain"
     _out.print(f"{counts}; [low, high]: 95 %", markup=False, highlight=False)
     for result in results:
@@ -262,6 +260,15 @@ def show(results: Sequence[Result], prompts: Prompts) -> None:
             for task, best, count in result.confusions[:PAIRS]:
                 pairs.add_row(task, best or "(none)", str(count))
             _out.print(pairs)
+
+
+def _figures(results: Sequence[Result]) -> Table:
+    table = Table("", *(result.router.name for result in results))
+    for name in dict.fromkeys(name for result in results for name in result.metrics):
+        digits = 1 if name.endswith("_ms") else 3
+        cells = [result.metrics[name] for result in results]
+        table.add_row(name, *(f"{c.value:.{digits}f} [{c.low:.{digits}f}, {c.high:.{digits}f}]" for c in cells))
+    return table
 
 
 @contextmanager

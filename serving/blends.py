@@ -19,6 +19,7 @@ from router.blending import LINEAGE, BlendError, Report
 from router.blending.flatten import Nested, flatten
 from router.blending.operators import operator_of
 from router.decision import Decision, Weighted
+from serving.engine import EngineUnavailable
 from serving.errors import BadRequest
 from serving.recipes import problems
 
@@ -188,6 +189,8 @@ async def create(service: Service, wanted: Wanted, tenant: str | None) -> Blend:
     Raises BlendRefused with every reason, BadRequest for what cannot be stored, and as `Materializer.hold` and
     `Residency.lease` do.
     """
+    if service.failure is not None:
+        raise EngineUnavailable(service.failure)
     new, decision = await draft(service, wanted, tenant)
     async with service.materializer.hold(decision) as adapter, service.residency.lease(adapter):
         report = await asyncio.to_thread(report_of, adapter.path)

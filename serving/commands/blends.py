@@ -47,7 +47,26 @@ def create(
         "replace": replace,
     }
     with client(url, api_key) as http, err.status("Merging"):
-        blend = answer(http.post("/v1/blends", json=body))
+        told(answer(http.post("/v1/blends", json=body)), as_json)
+
+
+@app.command()
+def renew(
+    name: Annotated[str, typer.Argument(help="The blend's name.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a blend anew, with the same weights, of the active versions of its members."""
+    with client(url, api_key) as http, err.status("Merging"):
+        old = answer(http.get(f"/v1/blends/{path(name)}"))
+        kept = {key: old[key] for key in ("name", "operator", "settings", "description", "visibility", "search")}
+        members = {each["expert"]: each["weight"] for each in old["members"]}
+        told(answer(http.post("/v1/blends", json={**kept, "members": members, "replace": True})), as_json)
+
+
+def told(blend: dict[str, Any], as_json: bool) -> None:
+    """What was stored, and what whoever stored it should know."""
     if as_json:
         print_json(blend)
         return

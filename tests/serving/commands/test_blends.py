@@ -106,6 +106,22 @@ def test_licences_that_restrict_are_told(served, adapters):
     served.moerge("expert", "remove", "free", "--yes")
 
 
+def test_one_is_made_anew_of_the_versions_that_are_active(served, adapters):
+    assert served.moerge("expert", "add", "grows", adapters[3]).exit_code == 0
+    words = ("-m", "grows=0.7", "-m", "count=0.3", "--operator", "ties", "--set", "density=0.5", "--private")
+    old = json.loads(served.moerge("blend", "create", "fresh", *words, "--json").stdout)
+    served.moerge("expert", "remove", "grows", "--yes")
+    assert "No expert 'grows'" in served.moerge("blend", "renew", "fresh").stderr
+    assert served.moerge("expert", "add", "grows", adapters[3]).exit_code == 0
+    assert "fresh is stored: ties of grows=0.7, count=0.3" in served.moerge("blend", "renew", "fresh").stderr
+    new = json.loads(served.moerge("blend", "show", "fresh", "--json").stdout)
+    changed = {key for key in old if old[key] != new[key]}
+    assert changed <= {"created_at", "loaded"}, "the same content, so the same blend"
+    assert served.moerge("blend", "renew", "nothing").exit_code == 1
+    served.moerge("blend", "remove", "fresh", "--yes")
+    served.moerge("expert", "remove", "grows", "--yes")
+
+
 def test_removing_asks_first(served, blend):
     refused = served.moerge("blend", "remove", "both", input="n\n")
     assert refused.exit_code == 1

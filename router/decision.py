@@ -21,7 +21,7 @@ class Candidate(BaseModel):
 
 
 class Weighted(BaseModel):
-    """An expert that answers, with its share of the answer in [0, 1]."""
+    """An expert that answers, with its weight: the router's are shares in [0, 1], a caller's may be any number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,7 +46,8 @@ class Decision(BaseModel):
     """What the router decided for one prompt.
 
     `base` abstains (no experts); `select` names one expert; `blend` and `gate` name several. A blend's experts are
-    merged with their weights by an operator, a name in `router.blending.OPERATORS`. A gate, a name in
+    merged with their weights by an operator, a name in `router.blending.OPERATORS`; where a gate computes the same, the
+    decision has both. A gate, a name in
     `router.gating.GATES`, weighs its experts token by token; their own weights are what it starts from. With a
     `verdict` the gate only reads the prompt, and what it finds decides who answers. Its experts may be prepared: an
     expert of general knowledge, `general` by id, subtracted from each, and each cut to its `compress` strongest

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from adapters_registry.expert import Expert
 from adapters_registry.prototypes import prototype_texts
 from router.encoder import Vectors
-from router.versions import NOTHING, Learned
+from router.versions import NOTHING, Learned, Rating
 
 Mask = NDArray[np.bool_]
 T = TypeVar("T")
@@ -28,6 +28,7 @@ class Library:
     prototypes[k]  (n_k, dim) embeddings of texts[k], rows of length 1; then those of learned prompts without their text
     registered[k]  (m_k, dim) the first of these rows: those of what was registered
     refused[k]     (r_k, dim) embeddings of prompts that the expert answered badly
+    judged         what users thought of past answers, each with the prompt's embedding (dim,)
     keys[k]        names expert, content and texts: equal keys have equal prototypes
     generation     the registry's, at the time of the snapshot
     max_rank       rows that one composite of several experts may have, None: any number
@@ -44,6 +45,7 @@ class Library:
     max_rank: int | None = None
     registered: tuple[Vectors, ...] = ()
     refused: tuple[Vectors, ...] = ()
+    judged: tuple[tuple[Rating, Vectors], ...] = ()
     learned: Learned = NOTHING
     head: int = 0
     _pieces: Mapping[str, Vectors] = field(default_factory=dict, repr=False)  # what was encoded, by key
@@ -153,6 +155,7 @@ def build(
         max_rank,
         registered=tuple(each[0] for each in rows),
         refused=tuple(unit_rows(refused.get(expert.name, none)) for expert in ordered),
+        judged=tuple(learned.judged(encoder)),
         learned=learned,
         head=head,
         _pieces={key: known[key] for key in pieces},

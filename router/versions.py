@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -102,14 +102,18 @@ class Learned:
         """(n, dim) by expert: prompts that it answered badly."""
         return self._rows(encoder, lambda rating: rating.score < NEUTRAL)
 
-    def _rows(self, encoder: str, wanted: Any) -> dict[str, Vectors]:
+    def judged(self, encoder: str) -> list[tuple[Rating, Vectors]]:
+        """Every rating with its vector (dim,); none if another encoder made them: they cannot be compared."""
         if encoder != self.content.encoder:
-            return {}  # vectors of different encoders cannot be compared
-        rows: dict[str, list[int]] = {}
-        for row, rating in enumerate(self.content.ratings):
+            return []
+        return list(zip(self.content.ratings, self.vectors, strict=True))
+
+    def _rows(self, encoder: str, wanted: Callable[[Rating], bool]) -> dict[str, Vectors]:
+        rows: dict[str, list[Vectors]] = {}
+        for rating, vector in self.judged(encoder):
             if wanted(rating):
-                rows.setdefault(rating.expert, []).append(row)
-        return {expert: self.vectors[found] for expert, found in rows.items()}
+                rows.setdefault(rating.expert, []).append(vector)
+        return {expert: np.stack(found) for expert, found in rows.items()}
 
 
 #: The score of an answer that is neither good nor bad.

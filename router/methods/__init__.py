@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from router.method import Method
+from router.methods.bandit import Bandit
 from router.methods.base import Base
 from router.methods.centroids import Centroids
 from router.methods.gated import NAMES, TRAINED, gated
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "retrieval": Retrieval,
     "centroids": Centroids,
     "knn": KNN,
+    "bandit": Bandit,
     "random": Random,
     "base": Base,
     **{name: gated(name) for name in NAMES},

@@ -162,6 +162,9 @@ class RegistrySettings(Section):
     min_effect: float = Field(
         1e-3, ge=0, description="Least change of a next-token log-probability on its own samples (nats)."
     )
+    max_takeover: float = Field(
+        0.25, ge=0, le=1, description="Share of two unlike experts' samples that a new one may take; 1: any."
+    )
 
 
 class Settings(BaseSettings):

@@ -14,6 +14,8 @@ from adapters_registry.errors import ExpertRefused, Reason, RegistryError, SameC
 from adapters_registry.expert import Check, Expert, State
 from adapters_registry.proposal import HubSource, Proposal
 from adapters_registry.prototypes import prototypes_of
+from router.encoder import Vectors
+from router.takeover import Takeover, takeover
 from serving import metrics
 from serving.engine import AdapterLoadFailed, EngineUnavailable
 from serving.internal import post
@@ -28,11 +30,15 @@ PROBES, PROBE_CHARS, PROBE_TOKENS = 4, 500, 8
 #: What the check asks of an expert that came without samples.
 NEUTRAL = ("Hello, who are you?", "Write one sentence about the sea.", "2 + 2 =", "Name three colours.")
 
+#: What the first expert takes.
+NOTHING_TAKEN = Takeover((), 0, 0.0, 0.0)
+
 
 async def register(service: Service, proposal: Proposal, progress: Progress, *, stage: bool = False) -> Expert:
     """Register an expert; unless staged or quarantined, the next request can be routed to it.
 
-    With `stage` the version is kept aside, to be promoted later. An adapter that changes nothing is quarantined.
+    With `stage` the version is kept aside, to be promoted later. An adapter that changes nothing is quarantined, and
+    so is one whose samples are those of several other experts.
     Raises ExpertRefused with every reason, SourceError, StoreFull, EngineUnavailable.
     """
     outcome = "failed"
@@ -42,16 +48,18 @@ async def register(service: Service, proposal: Proposal, progress: Progress, *, 
         prepared = await asyncio.to_thread(service.registry.prepare, proposal, progress)
         try:
             progress("try", 0.0)
-            check = await behaviour(service, prepared.expert)
+            effect = await behaviour(service, prepared.expert)
             progress("embed", 0.0)
             prototypes = await asyncio.to_thread(prototypes_of, prepared.expert, service.router.embed)
-            state = State.QUARANTINED if not check.passed else State.STAGED if stage else State.ACTIVE
+            checks = [effect, await asyncio.to_thread(confusion, service, prepared.expert, prototypes)]
+            reasons = [check.detail for check in checks if not check.passed]
+            state = State.QUARANTINED if reasons else State.STAGED if stage else State.ACTIVE
             expert = await asyncio.to_thread(
                 service.registry.commit,
                 prepared,
                 state=state,
-                checks=[check],
-                reasons=[] if check.passed else [check.detail],
+                checks=checks,
+                reasons=reasons,
                 prototypes={service.router.encoder_id: prototypes},
             )
         except BaseException:
@@ -137,6 +145,20 @@ async def behaviour(service: Service, expert: Expert) -> Check:
         detail += f"; at least {limit:g} is expected of an adapter that does something"
     value = effect if math.isfinite(effect) else None  # databases have no NaN
     return Check(name="behaviour", passed=passed, value=value, limit=limit, detail=detail)
+
+
+def confusion(service: Service, expert: Expert, prototypes: Vectors) -> Check:
+    """Whose held-out samples would the expert take? Blocks.
+
+    The figure is the share of its samples that the lesser of two experts loses, both of which lose them though they
+    are unlike each other. Experts that the newcomer's owner may not see are neither compared nor told of.
+    """
+    limit, library = service.settings.registry.max_takeover, service.router.library
+    found = takeover(library, expert.name, prototypes, library.visible(expert.owner)) if library else NOTHING_TAKEN
+    detail = str(found)
+    if not (passed := found.value <= limit):
+        detail += f"; more than {limit:.0%} of two that are unlike each other is a takeover"
+    return Check(name="takeover", passed=passed, value=found.value, limit=limit, detail=detail)
 
 
 Step = tuple[str, dict[str, float]]

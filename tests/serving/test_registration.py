@@ -36,8 +36,10 @@ async def test_an_expert_is_tried_embedded_and_in_service_at_once(world, proposa
     expert = await register(world.service, proposal, lambda stage, fraction: stages.append(stage))
     assert expert.state is State.ACTIVE
     assert list(dict.fromkeys(stages)) == ["fetch", "validate", "store", "try", "embed", "done"]
-    (check,) = expert.checks
-    assert (check.name, check.passed, check.value) == ("behaviour", True, 0.25)
+    assert [(check.name, check.passed, check.value) for check in expert.checks] == [
+        ("behaviour", True, 0.25),
+        ("takeover", True, 0.0),
+    ]
     stored = world.registry.prototypes(world.service.router.encoder_id, [expert.id])
     assert stored[expert.id].shape == (2, 64)
     assert (await world.ask("auto", "say cherry in french")).json()["model"] == "translate"
@@ -165,6 +167,44 @@ async def test_a_prompt_that_does_not_suit_the_model_is_left_out_of_the_check(wo
 
     monkeypatch.setattr(world.engine, "_app", picky)
     assert (await register(world.service, proposal, quiet)).state is State.ACTIVE
+
+
+# Whose samples it takes
+
+
+@pytest.fixture
+def everybody(world):
+    """The samples of all experts there are."""
+    return tuple(sample for expert in world.registry.experts() for sample in expert.samples)
+
+
+async def test_an_expert_with_everybody_s_prompts_is_quarantined_as_a_takeover(world, proposal, everybody):
+    expert = await register(world.service, proposal.model_copy(update={"samples": everybody}), quiet)
+    assert expert.state is State.QUARANTINED
+    check = expert.checks[1]
+    assert (check.name, check.passed, check.value, check.limit) == ("takeover", False, 1.0, 0.25)
+    assert expert.reasons == (check.detail,)
+    assert "'reverse' (of 2 samples 2 are its own too)" in check.detail
+    assert (await world.ask("auto", "spell cherry backwards")).json()["model"] == "reverse"
+    await asyncio.to_thread(world.registry.promote, "translate", 1, force=True)
+    await world.service.refresh()
+    assert world.service.active("translate") is not None
+
+
+async def test_an_expert_for_the_same_task_as_another_is_told_and_serves(world, proposal):
+    twin = proposal.model_copy(update={"samples": world.service.active("reverse").samples})
+    expert = await register(world.service, twin, quiet)
+    assert expert.state is State.ACTIVE
+    assert expert.checks[1].passed
+    assert "'reverse'" in expert.checks[1].detail
+
+
+async def test_what_somebody_keeps_private_is_not_told_to_others(world, proposal, everybody):
+    await asyncio.to_thread(world.registry.update, "reverse", visibility="private")
+    await world.service.refresh()
+    expert = await register(world.service, proposal.model_copy(update={"samples": everybody, "owner": "ann"}), quiet)
+    assert "reverse" not in expert.checks[1].detail
+    assert not expert.checks[1].passed  # the two that ann sees are enough
 
 
 # The figure

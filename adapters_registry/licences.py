@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from adapters_registry.expert import Frozen, Text
 
 #: Strictest first; each with the words of a licence's name that it is known by.
-NOTES: dict[str, frozenset[str]] = {
-    "no derivatives": frozenset({"nd", "noderivatives", "noderivs"}),
-    "non-commercial": frozenset({"nc", "noncommercial", "research"}),
-    "unstated": frozenset({"", "other", "unknown", "none"}),
-    "share-alike": frozenset({"sa", "sharealike", "gpl", "agpl", "lgpl", "copyleft"}),
+NOTES = {
+    "no derivatives": re.compile(r"n[d]|noderiv\w*"),  # in brackets, as spelling checkers would add an a
+    "non-commercial": re.compile(r"nc|noncommercial|research"),
+    "unstated": re.compile(r"|other|unknown|none"),
+    "share-alike": re.compile(r"sa|sharealike|[al]?gpl(v?\d+)?|copyleft"),
 }
 
 
@@ -27,11 +27,8 @@ class LicenceNote(Frozen):
 def notes_on(licence: str | None) -> tuple[str, ...]:
     """`cc-by-nc-sa-4.0` -> non-commercial, share-alike."""
     text = re.sub(r"\b(non|no|share)[\s_-]+(commercial|derivatives|alike)", r"\1\2", (licence or "").casefold())
-    words = set(re.split(r"[\W_]+", text))
-    words |= {re.sub(r"v?\d+$", "", word) for word in words}  # gplv3
-    if not words - {""}:
-        return ("unstated",)
-    return tuple(note for note, known in NOTES.items() if known & (words - {""}))
+    words = [word for word in re.split(r"[\W_]+", text) if word] or [""]
+    return tuple(note for note, pattern in NOTES.items() if any(map(pattern.fullmatch, words)))
 
 
 def strictest_first(licences: Iterable[tuple[str, str | None]]) -> list[LicenceNote]:

@@ -242,7 +242,7 @@ class TestMembersChange:
         assert self.problems(registry) == ()
 
     def test_a_licence_that_is_corrected_counts(self, registry: Registry, one: Blend) -> None:
-        registry.update("a", licence="cc-by-nc-nd-4.0")
+        registry.update("a", licence="cc-by-nc-noderivs-4.0")
         first = registry.blends.get("one").licences[0]
         assert (first.expert, first.notes) == ("a", ("no derivatives", "non-commercial"))
 

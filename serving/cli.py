@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from serving.commands import ask, bench, blend_search, blends, doctor, experts, gates, groups, keys, serve
+from serving.commands import ask, bench, blend_search, blends, doctor, experts, gates, groups, keys, router, serve
 
 app = typer.Typer(
     name="moerge",
@@ -44,6 +44,7 @@ app.add_typer(blends.app, name="blend")
 app.add_typer(keys.app, name="keys")
 app.add_typer(gates.app, name="gates")
 app.add_typer(groups.app, name="groups")
+app.add_typer(router.app, name="router")
 app.add_typer(bench.app, name="bench")
 for entry in sorted(metadata.entry_points(group="moerge.commands"), key=lambda entry: entry.name):
     try:

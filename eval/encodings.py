@@ -14,7 +14,7 @@ import platformdirs
 from router.encoder import Encoder, Vectors, head_of
 
 CHUNK = 64
-LIMIT = 512 * 2**20  # bytes of vectors on disk: 350,000 texts of all-MiniLM-L6-v2
+LIMIT = 512 * 2**20  # bytes of vectors on disk: 100,000 texts of all-MiniLM-L6-v2 with its layers
 
 
 def default_folder() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -68,12 +69,11 @@ class Groups:
         """The same decision on a group's composite, when all its experts are in one; otherwise as it is.
 
         Experts of the group that the decision does not have get weight 0 where the gate reads weights. Other gates
-        weigh the whole group, which only decisions of the router may be widened to. A blend by `cat` is the sum that
-        the gate `constant` computes, so it needs no adapter of its own.
+        weigh the whole group, which only decisions of the router may be widened to. A blend that is a weighted sum is
+        what the gate `constant` computes, so it needs no adapter of its own.
         """
         if decision.kind == "blend":
-            exact = decision.operator == "cat" and decision.operator_settings.get("rank") is None
-            whole = self._around(decision, "constant") if exact else None
+            whole = self._around(decision, "constant") if is_sum(decision) else None
             if whole is None:
                 return decision
             weighed = {"kind": "gate", "gate": whole.gate, "gate_settings": whole.gate_settings}
@@ -184,6 +184,15 @@ class Groups:
     async def close(self) -> None:
         self._groups = ()
         await self._held.aclose()
+
+
+def is_sum(decision: Decision) -> bool:
+    """Whether a blend is the weighted sum of its experts: `cat`, and `smear` for weights that are a distribution."""
+    if decision.operator_settings.get("rank") is not None:
+        return False
+    weights = [each.weight for each in decision.experts]
+    distribution = min(weights) >= 0 and math.isclose(math.fsum(weights), 1)
+    return decision.operator == "cat" or (decision.operator == "smear" and distribution)
 
 
 def masked(whole: Decision, decision: Decision) -> tuple[Weighted, ...]:

@@ -349,13 +349,19 @@ async def test_a_mixture_inside_a_group_needs_no_load(mixing):
     assert mixing.service.residency.loads == loads
 
 
-@pytest.mark.parametrize(
-    "more", [{"operator": "ties"}, {"operator": "linear"}, {"operator": "cat", "settings": {"rank": 2}}]
-)
-async def test_other_blends_are_not_what_a_group_s_composite_computes(world, more):
+async def test_a_distribution_s_average_is_a_sum_and_other_blends_are_none(world):
     await world.http.post("/v1/groups/build", json={})
-    await world.ask("auto", FAR, moerge={"experts": ["shout", "count"], **more})
-    assert sent(world)["model"].startswith(f"blend:{more['operator']}@")
+    others = [
+        {"experts": ["shout", "count"], "operator": "ties"},
+        {"experts": ["shout", "count"], "operator": "linear"},
+        {"experts": {"shout": 2, "count": 1}, "operator": "smear"},
+        {"experts": ["shout", "count"], "operator": "cat", "settings": {"rank": 2}},
+    ]
+    for moerge in others:
+        await world.ask("auto", FAR, moerge=moerge)
+        assert sent(world)["model"].startswith(f"blend:{moerge['operator']}@")
+    await world.ask("auto", FAR, moerge={"experts": {"shout": 0.75, "count": 0.25}, "operator": "smear"})
+    assert sent(world)["model"].startswith("auto:constant@")
 
 
 async def test_a_group_without_constant_weights_does_not_serve_blends(world):

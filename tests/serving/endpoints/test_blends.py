@@ -131,6 +131,15 @@ async def test_replacing_is_asked_for(world):
     assert (await world.ask(old["id"], PROMPT)).status_code == 404, "nobody stores it any more"
 
 
+async def test_of_many_at_once_each_content_and_each_name_is_stored_once(world):
+    same = await asyncio.gather(*(store(world, None) for _ in range(4)))
+    assert [each.status_code for each in same] == [201] * 4
+    assert len({each.json()["digest"] for each in same}) == 1
+    named = await asyncio.gather(*(store(world, "one", {"count": weight}) for weight in (0.1, 0.2, 0.3)))
+    assert sorted(each.status_code for each in named) == [201, 422, 422]
+    assert [each.name for each in await stored(world)] == ["one", None]
+
+
 # Blends of blends
 
 

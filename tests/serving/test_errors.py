@@ -35,6 +35,7 @@ CASES = [
     (router_errors.UnknownMethod("x", ["y"]), 404, "invalid_request_error", "model_not_found"),
     (registry_errors.ExpertNotFound("x", ["y"]), 404, "invalid_request_error", "expert_not_found"),
     (registry_errors.BlendNotFound("x", ["y"]), 404, "invalid_request_error", "blend_not_found"),
+    (registry_errors.DecisionNotFound("x"), 404, "invalid_request_error", "decision_not_found"),
     (TraceNotFound("x"), 404, "invalid_request_error", "trace_not_found"),
     (registry_errors.VersionNotFound("x", 3), 404, "invalid_request_error", "version_not_found"),
     (registry_errors.BlendUnusable("x", ["no"]), 409, "invalid_request_error", "blend_unusable"),

@@ -89,6 +89,14 @@ class Method(ABC):
         """Whether it chooses even when no expert reaches its threshold."""
         return False
 
+    def candidates(self, scores: Scores, most: int, alpha: float | None) -> int:
+        """How many of the best experts to look at: so many that the right one is among them with probability
+        1 - alpha, but `most` at most; `most` without an alpha, or without a calibration to know it from.
+        """
+        if alpha is None or self.calibration is None:
+            return most
+        return min(most, self.calibration.size(scores, alpha))
+
 
 M = TypeVar("M", bound=Method)
 

@@ -14,6 +14,8 @@ from router.method import Choice, Method, MethodSettings, Query, Scores
 
 class MixtureSettings(MethodSettings):
     """top_k     experts that answer together; 1: the best alone
+    alpha     None, or only so many of them that the right one is among them with probability 1 - alpha: what a
+              calibration knows (`moerge router calibrate`); without one it changes nothing
     weights   softmax: softmax(score / spread) over them, LoRAuter's (2601.21795: k 3, T 0.2); uniform: equal ones,
               LoraRetriever's mixture (2402.09997)
     spread    the temperature T of that softmax
@@ -23,6 +25,7 @@ class MixtureSettings(MethodSettings):
     """
 
     top_k: int = Field(default=1, ge=1, le=64)
+    alpha: float | None = Field(default=None, gt=0, lt=1)
     weights: Literal["softmax", "uniform"] = "softmax"
     spread: float = Field(default=0.2, gt=0)
     grid: float = Field(default=0.05, gt=0, le=0.5)
@@ -47,8 +50,8 @@ class Mixing(Method):
 
     def choose(self, query: Query, scores: Scores, ranked: Sequence[int]) -> Choice:
         settings: MixtureSettings = self.settings
-        own = self.thresholds
-        members = [ranked[0], *(k for k in ranked[1 : settings.top_k] if own is None or scores[k] >= own[k])]
+        own, most = self.thresholds, self.candidates(scores, settings.top_k, settings.alpha)
+        members = [ranked[0], *(k for k in ranked[1:most] if own is None or scores[k] >= own[k])]
         shares = mixture_weights(scores[members], settings)  # (K,)
         kept = [(k, float(share)) for k, share in zip(members, shares, strict=True) if share > 0]
         if len(kept) == 1:

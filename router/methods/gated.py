@@ -37,6 +37,7 @@ class GatedSettings(ScoringSettings):
     """shortlist    members of a composite at most
     mass         None, or the shortlist ends when its experts' probability (retrieval's own) reaches this; when the
                  first alone does, it answers without a gate
+    alpha        None, or the shortlist holds the right expert with probability 1 - alpha, if it was calibrated
     cold         places of the shortlist for experts without samples, which retrieval cannot judge, taken in turn;
                  with a place for them the method does not abstain
     group        these experts always, by name, instead of a shortlist; then it does not abstain
@@ -50,6 +51,7 @@ class GatedSettings(ScoringSettings):
 
     shortlist: int = Field(default=4, ge=2, le=64)
     mass: float | None = Field(default=None, gt=0, le=1)
+    alpha: float | None = Field(default=None, gt=0, lt=1)
     cold: int = Field(default=1, ge=0)
     group: tuple[str, ...] = ()
     temperature: float = Field(default=0.2, gt=0)
@@ -164,7 +166,7 @@ class Gated(Method):
         cold = [k for k in np.flatnonzero(query.among & apart).tolist() if k != self._general]
         warm = [k for k in ranked if not apart[k]]
         places = min(len(cold), max(self.settings.cold, size - len(warm)), size - bool(warm))
-        best = warm[: size - places]
+        best = warm[: self.candidates(scores, size - places, self.settings.alpha)]
         if self.settings.mass is not None and best:
             shares = np.exp((scores[warm] - scores[warm[0]]) / self.temperature)
             enough = np.searchsorted(np.cumsum(shares) / shares.sum(), self.settings.mass - 1e-9) + 1

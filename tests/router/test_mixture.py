@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from router.calibration import Calibration
+from router.conformal import softmax
 from router.decision import Decision
 from router.library import Library, build
-from router.method import Query, decide
+from router.method import Query, calibrated, decide
 from router.methods import METHODS
 from router.methods.retrieval import Retrieval, RetrievalSettings
 from router.mixture import MixtureSettings, mixture_weights, on_grid
@@ -89,4 +91,34 @@ def test_the_same_adapter_under_several_names_has_one_place(make_expert: Callabl
 
 
 def test_gates_have_no_mixture_s_settings() -> None:
-    assert not set(MixtureSettings.model_fields) & set(METHODS["arrow"].Settings.model_fields)
+    shared = set(MixtureSettings.model_fields) & set(METHODS["arrow"].Settings.model_fields)
+    assert shared == {"alpha"}  # which says how many experts are worth a look, whatever becomes of them
+
+
+@pytest.mark.parametrize(("alpha", "together"), [(None, 3), (0.5, 1), (0.2, 2), (0.01, 3)])
+def test_a_calibrated_alpha_says_how_many_answer(
+    make_expert: Callable[..., Any], alpha: float | None, together: int
+) -> None:
+    """Of ten held-out prompts, the right expert was the best for six, the second for three, the third for one."""
+    vectors = {
+        (expert := make_expert(name, "a sample")).id: (expert, np.array([[cosine, np.sqrt(1 - cosine**2)]], np.float32))
+        for name, cosine in {"a": 0.9, "b": 0.8, "c": 0.7}.items()
+    }
+    library = build(
+        [expert for expert, _ in vectors.values()],
+        lambda texts: np.zeros((0, 2), np.float32),
+        2,
+        stored={key: rows for key, (_, rows) in vectors.items()},
+    )
+    settings = RetrievalSettings(top_k=3, threshold=-1, alpha=alpha, weights="uniform")
+    query = Query("text", np.array([1, 0], np.float32), np.ones(3, bool))
+    plain = Retrieval.fit(library, settings)
+    assert len(decide("retrieval", plain, library, query).experts) == 3  # nothing is known yet
+    p = softmax(np.array([0.9, 0.8, 0.7]), 0.1)
+    kept = Calibration(
+        settings=settings.model_dump_json(),
+        temperature=0.1,
+        nonconformity=tuple(np.repeat(1 - p, [6, 3, 1]).tolist()),
+    )
+    method = calibrated(plain, kept.model_dump(mode="json"), settings, "")
+    assert len(decide("retrieval", method, library, query).experts) == together

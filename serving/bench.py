@@ -157,7 +157,7 @@ async def measure(
             return time.perf_counter() - began, latencies
 
         cards = (await http.get("/v1/models")).json()["data"]
-        names = [card["id"] for card in cards if card["parent"]]
+        names = [proposal.name for proposal in read_manifest(manifest).proposals]
         base = next(card["id"] for card in cards if not card["parent"])
         for name in names:  # every adapter has been loaded once, every code path has been run
             await ask(next(prompts), name)

@@ -5,8 +5,9 @@ members loaded and nothing saved. Nothing is scaled up: a figure is for the modu
 `ratios` compare the same modules. There are three selections of modules:
 
     whole   all layers: operators that stay in low rank, and PEFT's `cat` and `linear`
-    layers  a few whole layers: operators that form dW itself
-    module  the first module, d x d: all operators, and PEFT's that need a dense SVD, which takes it a minute or more
+    module  one module, d x d: all operators, and PEFT's `svd`, whose dense SVD takes a minute or more
+    half    one module, d/2 x d/2: PEFT's other operators with a dense SVD. It grows with d^3 and ours with d^2, so that
+            at full size the ratios are smaller
 """
 
 from __future__ import annotations
@@ -82,10 +83,11 @@ def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: 
     """Figures of all operators.
 
     `seconds` operator -> median of `rounds` for operators in low rank, one measurement for others; `measured` how many
-    modules that was for, of `modules`; `module_seconds` the same for the one d x d module. `ratios` "svd/peft": our
-    seconds over PEFT's, under 1 when ours is quicker; `compared` both figures and the modules. `cpu_seconds`,
-    `module_cpu_seconds` and `cpu_ratios` count processor time, which other work on the machine does not stretch.
-    Operators with statistics, which are as large as the model, are measured on the one module alone.
+    modules that was for, of `modules`: all for operators in low rank, `dense_layers` layers of them, or when that is 0
+    the one d x d module for others; this too for operators with statistics, which are as large as the model.
+    `module_seconds` is for the one module with all operators. `ratios` "svd/peft": our seconds over PEFT's, under 1
+    when ours is quicker; `compared` both figures and the modules. `cpu_seconds`, `module_cpu_seconds` and `cpu_ratios`
+    count processor time, which other work on the machine does not stretch.
     """
     taken: dict[str, Taken] = {}
     measured: dict[str, int] = {}
@@ -100,10 +102,10 @@ def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: 
             settings = {"layers": {"member0": swapped["module"]}} if operator == "layer_swap" else {}
             members = [with_statistics(each, declared.statistic, shape.d) for each in module]
             one[operator] = merge(folder / "blend", members, operator, settings, shape, 1)
-            if declared.statistic is not None:
+            low = operator in LOW_RANK
+            if declared.statistic is not None or not (low or dense_layers):
                 taken[operator], measured[operator] = one[operator], 1
                 continue
-            low = operator in LOW_RANK
             modules, members = selected["whole" if low else "layers"]
             settings = {"layers": {"member0": swapped["whole"]}} if operator == "layer_swap" else {}
             taken[operator] = merge(folder / "blend", members, operator, settings, shape, rounds if low else 1)
@@ -126,9 +128,15 @@ def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: 
 
 
 def select(folder: Path, shape: Shape, dense_layers: int) -> Selected:
-    """The three selections, with members that have these modules."""
-    first = dict([next(iter(shape.modules().items()))])
-    modules = {"whole": shape.modules(), "layers": shape.modules(dense_layers), "module": first}
+    """The selections, with members that have these modules; `layers` are the dense ones that were asked for."""
+    first = next(iter(shape.modules()))
+    modules: dict[str, Modules] = {
+        "whole": shape.modules(),
+        "module": {first: (shape.d, shape.d)},
+        "half": {first: (shape.d // 2, shape.d // 2)},
+    }
+    if dense_layers:
+        modules["layers"] = shape.modules(dense_layers)
     return {name: (these, write_members(folder / name, these, shape)) for name, these in modules.items()}
 
 
@@ -147,7 +155,7 @@ def compare(folder: Path, selected: Selected, shape: Shape, rounds: int, tell: T
     for operator, (kind, settings) in PEFT.items():
         tell(f"{operator}, by PEFT ...")
         light = operator in LIGHT
-        modules, members = selected["whole" if light else "module"]
+        modules, members = selected["whole" if light else "module" if operator == "svd" else "half"]
         settings = settings if light else {**settings, "rank": shape.rank}
         ours = merge(folder / "blend", members, operator, settings, shape, rounds)
         theirs = by_peft(members, modules, kind, settings.get("density"), shape)
@@ -157,6 +165,7 @@ def compare(folder: Path, selected: Selected, shape: Shape, rounds: int, tell: T
             "peft": theirs.seconds,
             "peft_cpu": theirs.cpu,
             "modules": len(modules),
+            "d": next(iter(modules.values()))[1],
         }
     return compared
 

@@ -149,15 +149,17 @@ def bench_kernel(as_json: AsJson = False) -> None:
 @app.command("blend")
 def bench_blend_command(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model that low-rank operators merge.")] = 32,
-    dense_layers: Annotated[int, typer.Option(min=1, help="Layers that operators on dense matrices merge.")] = 1,
+    dense_layers: Annotated[
+        int, typer.Option(min=0, help="Layers that operators on dense matrices merge; 0: one module.")
+    ] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each low-rank operator; the median counts.")] = 3,
-    peft: Annotated[bool, typer.Option(help="Also measure PEFT, which takes minutes for each dense SVD.")] = True,
+    peft: Annotated[bool, typer.Option(help="Also measure PEFT.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Merge four random adapters at the shapes of a 7B model with every operator, and with PEFT's own.
 
     No figure is scaled up: operators that form dense matrices, and PEFT's, are measured on fewer modules, and the
-    output says on how many. About ten minutes on two idle cores, most of them for PEFT's dense SVDs.
+    output says on how many. A few minutes on two idle cores, most of them for PEFT.
     """
     from serving.bench_blend import Shape, bench_blend
 
@@ -166,14 +168,24 @@ def bench_blend_command(
         print_json(result)
         return
     table = Table(
-        "operator", "modules", "s", "cpu s", "one module s", "cpu s", "PEFT: modules", "ours s", "PEFT s", "ours / PEFT"
+        "operator",
+        "modules",
+        "s",
+        "cpu s",
+        "one module s",
+        "cpu s",
+        "PEFT: modules",
+        "d",
+        "ours s",
+        "PEFT s",
+        "ours / PEFT",
     )
     for name, seconds in result["seconds"].items():
         row = [name, str(result["measured"][name]), f"{seconds:.2f}", f"{result['cpu_seconds'][name]:.2f}"]
         row += [f"{result[figures][name]:.2f}" for figures in ("module_seconds", "module_cpu_seconds")]
         if both := result["compared"].get(name):
             ratio = result["ratios"][f"{name}/peft"]
-            row += [str(both["modules"]), f"{both['ours']:.2f}", f"{both['peft']:.2f}", f"{ratio:.3f}"]
+            row += [str(both["modules"]), str(both["d"]), f"{both['ours']:.2f}", f"{both['peft']:.2f}", f"{ratio:.3f}"]
         table.add_row(*row)
     out.print(table)
     out.print(f"of {result['modules']} modules; nothing is scaled up")

@@ -2,22 +2,26 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from router.blending import OPERATORS
 from serving.bench_blend import PEFT, Shape, bench_blend
 
 TINY = Shape(layers=4, d=24, inner=40, members=3, rank=2)
 
 
-def test_every_operator_is_measured_beside_peft_s() -> None:
+@pytest.mark.parametrize("dense_layers", [0, 1])
+def test_every_operator_is_measured_beside_peft_s(dense_layers: int) -> None:
     told: list[str] = []
-    result = bench_blend(TINY, dense_layers=1, rounds=1, peft=True, tell=told.append)
+    result = bench_blend(TINY, dense_layers, rounds=1, peft=True, tell=told.append)
     for figures in ("seconds", "cpu_seconds", "measured", "module_seconds", "module_cpu_seconds"):
         assert result[figures].keys() == OPERATORS.keys()
     assert result["cpu_ratios"].keys() == result["ratios"].keys() == {f"{name}/peft" for name in PEFT}
     assert all(each > 0 and math.isfinite(each) for each in (*result["seconds"].values(), *result["ratios"].values()))
-    assert [result["measured"][name] for name in ("cat", "ties", "regmean")] == [28, 7, 1]
+    assert [result["measured"][name] for name in ("cat", "ties", "regmean")] == [28, 7 if dense_layers else 1, 1]
     assert (result["modules"], result["scaled"]) == (28, False)
-    assert (result["compared"]["cat"]["modules"], result["compared"]["svd"]["modules"]) == (28, 1)
+    compared = {name: (each["modules"], each["d"]) for name, each in result["compared"].items()}
+    assert (compared["cat"], compared["svd"], compared["ties"]) == ((28, 24), (1, 24), (1, 12))
     assert len(told) == len(OPERATORS) + len(PEFT)
 
 

@@ -15,6 +15,7 @@ import openai
 import psutil
 import pytest
 
+from router.methods import SERVED
 from serving.bench import served
 
 TESTBED = Path(__file__).parents[3] / "eval" / "testbed" / "data"
@@ -25,6 +26,8 @@ VLLM = {
     "tool_call_parser": "hermes",
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
+#: What is served by default, and a method whose best three experts answer together.
+METHODS: dict[str, Any] = {**{name: {} for name in SERVED}, "centroids": {"top_k": 3, "spread": 1.0, "threshold": -1}}
 OPTIONS = ("--slots", str(SLOTS), "--max-rank", "64")  # four experts of rank 16 in one composite
 
 
@@ -80,6 +83,7 @@ def server(testbed: Testbed, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         with pytest.MonkeyPatch.context() as patch:  # for the server's start only: other tests read the environment
             patch.setenv("MOERGE_ENGINE__RESIDENT", "6")  # fewer than the experts, so that they come and go
             patch.setenv("MOERGE_ENGINE__VLLM", json.dumps(VLLM))
+            patch.setenv("MOERGE_ROUTER__METHODS", json.dumps(METHODS))
             url, seconds = stack.enter_context(served(testbed.folder / "manifest.yaml", folder, *OPTIONS))
         http = stack.enter_context(httpx.Client(base_url=url, timeout=120))
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)

@@ -193,7 +193,7 @@ def farthest(cosines: Floats, count: int) -> list[int]:
 
 
 def _means(library: Library) -> Floats:
-    """(n, dim) each expert's mean direction, zero for one without vectors."""
-    totals = np.stack([group.sum(axis=0, dtype=np.float64) for group in library.prototypes])
+    """(n, head) each expert's mean direction, zero for one without vectors."""
+    totals = np.stack([group.sum(axis=0, dtype=np.float64) for group in library.sentences])
     scaled: Floats = totals / np.maximum(np.linalg.norm(totals, axis=1, keepdims=True), 1e-9)
     return scaled

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.encoder import Vectors
-from router.library import Library, Mask, unit_rows
+from router.library import Library, Mask, sentence, unit_rows
 
 Floats = NDArray[np.float64]
 
@@ -83,11 +83,11 @@ def takeover(library: Library, name: str, vectors: Vectors, among: Mask | None =
     one that loses more counts. Samples that are copied are held out of the newcomer as well.
     """
     others = [
-        (expert.name, group[:MOST].astype(np.float64))
+        (expert.name, sentence(group[:MOST], library.head).astype(np.float64))
         for k, (expert, group) in enumerate(zip(library.experts, library.registered or library.prototypes, strict=True))
         if expert.name != name and len(group) > 1 and (among is None or among[k])
     ]
-    mine = unit_rows(vectors).astype(np.float64)  # (n, dim)
+    mine = sentence(unit_rows(vectors), library.head).astype(np.float64)  # (n, dim)
     if not others or not len(mine):
         return Takeover((), 0, 0.0, 0.0)
     own = np.repeat(np.arange(len(others)), [len(group) for _, group in others])  # (N,)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,3 +134,20 @@ def test_nothing_to_compare_is_no_takeover(library: Library, vectors: Vectors) -
 def test_the_first_expert_takes_nothing() -> None:
     empty = build([], lambda texts: np.zeros((0, DIM), np.float32), DIM)
     assert takeover(empty, "first", around(0, 3, 0)).value == 0
+
+
+def test_what_inner_layers_say_does_not_count(library: Library) -> None:
+    """An encoder's vectors may be longer than its sentence embeddings, which stand first."""
+    rng = np.random.default_rng(0)
+
+    def longer(rows: Vectors) -> Vectors:
+        inner = rng.standard_normal(rows.shape)
+        wide: Vectors = np.concatenate([rows, inner / np.linalg.norm(inner, axis=1, keepdims=True)], 1) / np.sqrt(2)
+        return wide.astype(np.float32)
+
+    wide = replace(
+        library, dim=2 * DIM, head=DIM, registered=(), prototypes=tuple(longer(rows) for rows in library.prototypes)
+    )
+    newcomer = np.concatenate([around(2, 6, seed=77), library.prototypes[1]])
+    found, same = takeover(wide, "new", longer(newcomer)), takeover(library, "new", newcomer)
+    assert (found.losses, found.value) == (same.losses, same.value)

@@ -105,6 +105,7 @@ def of_settings(settings: Settings) -> Iterator[Finding]:
     try:
         plan = run.make_plan(settings)
         yield Finding("configuration", True, f"{plan.base.served_name}, {len(plan.proposals)} experts in the manifest")
+        yield learned(plan.data_dir / "routers")
     except (ConfigError, RegistryError) as error:
         yield Finding("configuration", False, str(error))
     folder = settings.registry.data_dir.expanduser()
@@ -117,6 +118,15 @@ def of_settings(settings: Settings) -> Iterator[Finding]:
             yield Finding("port", True, f"{settings.server.host}:{settings.server.port} is free")
         except OSError as error:
             yield Finding("port", False, f"{settings.server.host}:{settings.server.port}: {error.strerror}")
+
+
+def learned(folder: Path) -> Finding:
+    from router.versions import RouterVersions
+
+    active = RouterVersions(folder).active()
+    number = active.learned.number
+    good = f"version {number} is in force" if number else "nothing learned is in force"
+    return Finding("router", not active.problems, " ".join(active.problems) or good)
 
 
 def free_space(folder: Path) -> float:

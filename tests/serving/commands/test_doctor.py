@@ -7,6 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from router.versions import RouterVersions
 from serving.cli import app
 from serving.commands import doctor
 
@@ -39,6 +40,17 @@ def test_every_check_says_what_it_found(tmp_path):
     assert found["configuration"]["detail"] == "tiny, 0 experts in the manifest"
     assert all(each["detail"] for each in found.values())
     assert result.exit_code == (1 if any(each["ok"] is False for each in found.values()) else 0)
+
+
+def test_a_router_version_that_cannot_be_read_is_found(tmp_path):
+    versions = RouterVersions(tmp_path / "tiny" / "routers")
+    versions.promote(versions.save().number)
+    env = {"MOERGE_BASE_MODEL__PATH": "org/tiny", "MOERGE_REGISTRY__DATA_DIR": str(tmp_path)}
+    assert examine(env=env)[1]["router"]["detail"] == "version 1 is in force"
+    (versions.folder / "1.json").write_text("{")
+    found = examine(env=env)[1]["router"]
+    assert found["ok"] is False
+    assert "The router file 1.json cannot be used" in found["detail"]
 
 
 def test_a_port_that_is_taken_is_found(served):

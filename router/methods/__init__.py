@@ -8,8 +8,11 @@ from router.method import Method
 from router.methods.bandit import Bandit
 from router.methods.base import Base
 from router.methods.centroids import Centroids
+from router.methods.fusion import Fusion
 from router.methods.gated import NAMES, TRAINED, gated
 from router.methods.knn import KNN
+from router.methods.lda import LDA
+from router.methods.lexical import Lexical
 from router.methods.random import Random
 from router.methods.retrieval import Retrieval
 from router.taxonomy import Reference, Taxonomy
@@ -18,6 +21,9 @@ METHODS: dict[str, type[Method]] = {
     "retrieval": Retrieval,
     "centroids": Centroids,
     "knn": KNN,
+    "lda": LDA,
+    "lexical": Lexical,
+    "fusion": Fusion,
     "bandit": Bandit,
     "random": Random,
     "base": Base,

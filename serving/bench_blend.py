@@ -33,7 +33,6 @@ from router.tensorfile import write_tensors
 
 Tell = Callable[[str], None]
 Modules = dict[str, tuple[int, int]]  # module -> (d_out, d_in)
-Selected = dict[str, tuple[Modules, list[Part]]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,14 @@ class Shape:
             found |= {f"{path}.mlp.{name}_proj": (self.inner, self.d) for name in ("gate", "up")}
             found[f"{path}.mlp.down_proj"] = (self.d, self.inner)
         return found
+
+
+class Selection(NamedTuple):
+    modules: Modules
+    members: list[Part]
+
+
+Selected = dict[str, Selection]
 
 
 class Taken(NamedTuple):
@@ -89,35 +96,18 @@ def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: 
     when ours is quicker; `compared` both figures and the modules. `cpu_seconds`, `module_cpu_seconds` and `cpu_ratios`
     count processor time, which other work on the machine does not stretch.
     """
-    taken: dict[str, Taken] = {}
-    measured: dict[str, int] = {}
-    one: dict[str, Taken] = {}
-    swapped = {"whole": f"0-{max(shape.layers // 2 - 1, 0)}", "module": "0"}  # member0's layers
     with tempfile.TemporaryDirectory(prefix="moerge-bench-") as name:
         folder = Path(name)
         selected = select(folder, shape, dense_layers)
-        for operator, declared in OPERATORS.items():
-            tell(f"{operator} ...")
-            _, module = selected["module"]
-            settings = {"layers": {"member0": swapped["module"]}} if operator == "layer_swap" else {}
-            members = [with_statistics(each, declared.statistic, shape.d) for each in module]
-            one[operator] = merge(folder / "blend", members, operator, settings, shape, 1)
-            low = operator in LOW_RANK
-            if declared.statistic is not None or not (low or dense_layers):
-                taken[operator], measured[operator] = one[operator], 1
-                continue
-            modules, members = selected["whole" if low else "layers"]
-            settings = {"layers": {"member0": swapped["whole"]}} if operator == "layer_swap" else {}
-            taken[operator] = merge(folder / "blend", members, operator, settings, shape, rounds if low else 1)
-            measured[operator] = len(modules)
+        merged, measured, one = ours(folder, selected, shape, rounds, tell)
         compared = compare(folder, selected, shape, rounds, tell) if peft else {}
     return {
         "shape": asdict(shape),
         "cores": os.cpu_count(),
         "modules": len(shape.modules()),
         "scaled": False,
-        "seconds": {operator: each.seconds for operator, each in taken.items()},
-        "cpu_seconds": {operator: each.cpu for operator, each in taken.items()},
+        "seconds": {operator: each.seconds for operator, each in merged.items()},
+        "cpu_seconds": {operator: each.cpu for operator, each in merged.items()},
         "measured": measured,
         "module_seconds": {operator: each.seconds for operator, each in one.items()},
         "module_cpu_seconds": {operator: each.cpu for operator, each in one.items()},
@@ -125,6 +115,33 @@ def bench_blend(shape: Shape, dense_layers: int, rounds: int, peft: bool, tell: 
         "cpu_ratios": {f"{operator}/peft": each["ours_cpu"] / each["peft_cpu"] for operator, each in compared.items()},
         "compared": compared,
     }
+
+
+def ours(
+    folder: Path, selected: Selected, shape: Shape, rounds: int, tell: Tell
+) -> tuple[dict[str, Taken], dict[str, int], dict[str, Taken]]:
+    """Of each operator: seconds, for how many modules that was, and seconds for the one module."""
+    merged: dict[str, Taken] = {}
+    measured: dict[str, int] = {}
+    one: dict[str, Taken] = {}
+    swapped = {"whole": f"0-{max(shape.layers // 2 - 1, 0)}", "module": "0"}  # the first member's layers
+
+    def settings(operator: str, selection: str) -> dict[str, Any]:
+        return {"layers": {"member0": swapped[selection]}} if operator == "layer_swap" else {}
+
+    for operator, declared in OPERATORS.items():
+        tell(f"{operator} ...")
+        members = [with_statistics(each, declared.statistic, shape.d) for each in selected["module"].members]
+        one[operator] = merge(folder / "blend", members, operator, settings(operator, "module"), shape, 1)
+        low = operator in LOW_RANK
+        if declared.statistic is not None or not (low or "layers" in selected):
+            merged[operator], measured[operator] = one[operator], 1
+            continue
+        modules, members = selected["whole" if low else "layers"]
+        chosen = settings(operator, "whole")
+        merged[operator] = merge(folder / "blend", members, operator, chosen, shape, rounds if low else 1)
+        measured[operator] = len(modules)
+    return merged, measured, one
 
 
 def select(folder: Path, shape: Shape, dense_layers: int) -> Selected:
@@ -137,7 +154,7 @@ def select(folder: Path, shape: Shape, dense_layers: int) -> Selected:
     }
     if dense_layers:
         modules["layers"] = shape.modules(dense_layers)
-    return {name: (these, write_members(folder / name, these, shape)) for name, these in modules.items()}
+    return {name: Selection(these, write_members(folder / name, these, shape)) for name, these in modules.items()}
 
 
 def with_statistics(member: Part, kind: str | None, d: int) -> Part:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from adapters_registry.feedback import Decided
 from router import library as libraries
+from router.decision import Decision
 from router.encoder import Vectors
 from router.held_out import part
 from router.library import Library
@@ -234,17 +235,25 @@ def _right(trial: Trial, library: Library, fold: int, asked: Sequence[Judged]) -
     reduced = part(library, rows)
     method = trial.fit(reduced)
 
-    def best(text: str, vector: Vectors, tenant: str | None) -> str | None:
-        query = Query(text, vector, reduced.visible(tenant))
-        decision = decide(trial.name, method, reduced, query, limit=1)
-        return None if decision.kind == "base" else decision.candidates[0].expert
+    def route(text: str, vector: Vectors, tenant: str | None) -> Decision:
+        seen = vector if method.encodes else np.zeros_like(vector)
+        return decide(trial.name, method, reduced, Query(text, seen, reduced.visible(tenant)), limit=1)
 
-    on_samples = [best(text, vector, None) == own for text, vector, own in samples]
-    on_feedback = [
-        (best(each.rating.text or "", each.vector, each.tenant) == each.rating.expert) == (each.rating.score > NEUTRAL)
-        for each in asked
-    ]
+    on_samples = [_best(route(text, vector, None), abstains=True) == own for text, vector, own in samples]
+    on_feedback = []
+    for each in asked:
+        who = _best(route(each.rating.text or "", each.vector, each.tenant), abstains=False)
+        on_feedback.append((who == each.rating.expert) == (each.rating.score > NEUTRAL))
     return on_samples, on_feedback
+
+
+def _best(decision: Decision, *, abstains: bool) -> str | None:
+    """Who answers; else who would, had the prompt passed the threshold: judged ones did, perhaps by words not kept."""
+    if decision.kind == "select":
+        return decision.experts[0].expert
+    if not decision.candidates or (abstains and decision.kind == "base"):
+        return None
+    return decision.candidates[0].expert
 
 
 def _comparison(rights: Sequence[tuple[bool, bool]]) -> Comparison:

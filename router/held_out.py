@@ -79,9 +79,12 @@ def hold_out(
     """Scores of each expert's samples by methods fitted without them, and of prompts out of domain.
 
     The latter are those `outside`, texts and embeddings (dim,), and with `regions` the samples of experts that were
-    taken away. An expert's only sample is never held out, nor what was learned for an expert.
+    taken away. An expert's only sample is never held out, nor what was learned for an expert. Raises ValueError when
+    there is nothing to ask.
     """
     planned = [*_folds(library), *(_regions(library) if regions else ()), *_outside(library, outside)]
+    if not planned:
+        raise ValueError("No expert has two samples, so none can be held out to measure with.")
     measured = []
     for done, each in enumerate(planned, start=1):
         measured.append(_measure(kind, settings, each, len(library)))

@@ -114,6 +114,8 @@ def test_nothing_to_hold_out_says_so(make_expert: MakeExpert) -> None:
     held = hold_out(Retrieval, SETTINGS, lone, outside=outside)
     with pytest.raises(ValueError, match="No expert has two samples"):
         calibrate(held, Retrieval.fit(lone, SETTINGS), SETTINGS, far=0.05)
+    with pytest.raises(ValueError, match="No expert has two samples"):
+        hold_out(Retrieval, SETTINGS, lone)
 
 
 # Calibrating

@@ -244,12 +244,17 @@ def expert_adapter(expert: Expert) -> Adapter:
 
 
 def composite_adapter(gate: str, digest: str, path: Path) -> Adapter:
-    return Adapter(name=f"auto:{gate}@{digest[:12]}", path=path, shown=f"auto:{gate}", digest=digest)
+    return Adapter(name=f"auto:{gate}@{digest[:32]}", path=path, shown=f"auto:{gate}", digest=digest)
 
 
 def blend_adapter(operator: str, digest: str, path: Path) -> Adapter:
     """Shown by its content, which is also how a stored blend may be asked for."""
-    return Adapter(name=f"blend:{operator}@{digest[:12]}", path=path, shown=blend_name(digest), digest=digest)
+    return Adapter(name=engine_name(operator, digest), path=path, shown=blend_name(digest), digest=digest)
+
+
+def engine_name(operator: str, digest: str) -> str:
+    """128 bits: what a blend is made of is up to its caller, who must not find another's name."""
+    return f"blend:{operator}@{digest[:32]}"
 
 
 def blend_name(digest: str) -> str:

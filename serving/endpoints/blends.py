@@ -16,6 +16,7 @@ from adapters_registry.licences import LicenceNote
 from serving.auth import Caller
 from serving.blends import Wanted, create
 from serving.endpoints.common import AdminCaller, InferCaller, ServiceDep
+from serving.recipes import engine_name
 from serving.service import Service
 
 endpoints = APIRouter(prefix="/v1/blends", tags=["blends"])
@@ -62,7 +63,7 @@ async def summary(service: Service, blend: Blend, caller: Caller) -> BlendSummar
         id=blend.id,
         licence=blend.licences[0].licence if blend.licences else None,
         licences=list(blend.licences),
-        loaded=f"blend:{blend.operator}@{blend.digest[:12]}" in service.engine.loaded(),
+        loaded=engine_name(blend.operator, blend.digest) in service.engine.loaded(),
         usable=not problems,
         problems=list(problems),
     )

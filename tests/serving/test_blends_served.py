@@ -69,7 +69,7 @@ async def test_a_mixture_is_one_blend(mixing):
     assert experts_of(response) == pytest.approx({"count": 1 / 3, "reverse": 1 / 3, "shout": 1 / 3}, abs=1e-3)
     name = sent(mixing)["model"]
     found = await asyncio.to_thread(lineage, mixing)
-    assert name == f"blend:cat@{found['digest'][:12]}"
+    assert name == f"blend:cat@{found['digest'][:32]}"
     assert response.json()["model"] == f"blend:{found['digest'][:12]}"
     assert [each["weight"] for each in found["members"]] == pytest.approx([1 / 3] * 3)
     assert "vllm_xargs" not in sent(mixing)

@@ -130,7 +130,7 @@ async def test_a_selected_expert_is_its_own_folder(shelf, kept):
 async def test_what_is_built_is_named_by_its_content(shelf, kept):
     [adapter] = await use(kept, shelf.decision("ab"))
     name = {"composite": "auto:arrow", "blend": "blend:cat"}[shelf.kind]
-    assert adapter.name == f"{name}@{adapter.digest[:12]}"
+    assert adapter.name == f"{name}@{adapter.digest[:32]}"
     assert adapter.shown == {"composite": "auto:arrow", "blend": f"blend:{adapter.digest[:12]}"}[shelf.kind]
     assert shelf.folders() == {adapter.digest}
     found = kept_in(adapter.path)

@@ -80,7 +80,7 @@ async def test_a_blend_is_built_and_answers_the_next_request(world):
 
 async def test_what_is_built_is_the_weighted_sum(world):
     body = (await store(world)).json()
-    path = world.engine.paths[f"blend:cat@{body['digest'][:12]}"]
+    path = world.engine.paths[f"blend:cat@{body['digest'][:32]}"]
     assert json.loads((path / LINEAGE).read_text())["digest"] == body["digest"]
     made = Adapter(path)
     count, shout = (Adapter(world.service.active(name).path) for name in ("count", "shout"))

@@ -11,7 +11,7 @@ voice assistant instead. The quickstart testbed is measured, too. Defaults of ro
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,13 +114,16 @@ def half_of(prompts: Prompts, half: Half) -> Prompts:
     return replace(prompts, test=tuple(each for each in prompts.test if each[0] in mine), ood=prompts.ood[step])
 
 
-def figures(results: Mapping[str, list[Result]]) -> Iterator[str]:
-    """Lines of a Markdown table: a row to a set and router."""
-    yield f"| set | router | {' | '.join(SHOWN)} |\n|---|---|{'---:|' * len(SHOWN)}"
-    for name, measured in results.items():
-        for result in measured:
-            cells = [f"{result.metrics[key].value:.3f}" if key in result.metrics else "" for key in SHOWN]
-            yield f"| {name} | {result.router.name} | {' | '.join(cells)} |"
+def heading() -> str:
+    """Of a Markdown table of figures."""
+    return f"| set | router | {' | '.join(SHOWN)} |\n|---|---|{'---:|' * len(SHOWN)}"
+
+
+def figures(name: str, measured: Sequence[Result]) -> Iterator[str]:
+    """Its rows, one to a router."""
+    for result in measured:
+        cells = [f"{result.metrics[key].value:.3f}" if key in result.metrics else "" for key in SHOWN]
+        yield f"| {name} | {result.router.name} | {' | '.join(cells)} |"
 
 
 def targets(results: Mapping[str, list[Result]]) -> Iterator[str]:
@@ -149,10 +152,11 @@ def main(
         Path | None, typer.Option("--json", help="All figures with intervals, and confusions.")
     ] = None,
 ) -> None:
-    """Print two Markdown tables: the figures of every set and router, and the targets."""
+    """Print two Markdown tables: the figures of every set and router, as they come, and the targets."""
     specs = [spec for given in router or ["retrieval"] for spec in specs_of(given)]
     encoder = Remembering(load_encoder(backend=backend, prefix=prefix), default_folder())
     results: dict[str, list[Result]] = {}
+    typer.echo(heading())
     for name, read in {**prompt_sets(folder), QUICKSTART: quickstart_set}.items():
         if not name.startswith(tuple(only or [""])):
             continue
@@ -165,10 +169,11 @@ def main(
         with progress_bar(name) as tell:
             encoder.prepare(prompts.texts(), lambda done, total: tell("encoding", done, total))
             results[name] = [measure(spec, prompts, encoder, tell=tell) for spec in specs]
-    typer.echo("\n".join([*figures(results), "", *targets(results)]))
-    if json_file:
-        document = {name: [result.json() for result in measured] for name, measured in results.items()}
-        json_file.write_text(json.dumps({"half": half, "encoder": encoder.id, "sets": document}, indent=1), "utf-8")
+        typer.echo("\n".join(figures(name, results[name])))
+        if json_file:
+            document = {key: [result.json() for result in measured] for key, measured in results.items()}
+            json_file.write_text(json.dumps({"half": half, "encoder": encoder.id, "sets": document}, indent=1), "utf-8")
+    typer.echo("\n".join(["", *targets(results)]))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from eval.intervals import Estimate
 from eval.prompts import Prompts
-from eval.routebench import TARGETS, figures, half_of, prompt_sets, quickstart_set, targets
+from eval.routebench import TARGETS, figures, half_of, main, prompt_sets, quickstart_set, targets
 from eval.routing import Result, RouterSpec
+from router.encoder import Vectors
 
 
 def test_the_halves_share_no_prompt_and_make_the_whole() -> None:
@@ -21,6 +24,15 @@ def test_the_halves_share_no_prompt_and_make_the_whole() -> None:
     assert (tune.ood, report.ood) == ((("", "p"), ("", "r")), (("", "q"),))
     assert half_of(whole, "all") == whole
     assert tune.samples == whole.samples
+
+
+class Ones:
+    """Texts are all alike."""
+
+    id, dim = "ones", 2
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        return np.full((len(texts), 2), 0.5**0.5, np.float32)
 
 
 @pytest.fixture
@@ -78,9 +90,28 @@ def test_tables_say_what_is_reached() -> None:
         "flan48": [result("x", top1=0.9, ece=0.1), result("y", top1=0.8, ece=0.2)],
         "voice assistants": [result("x", p50_ms=3, p95_ms=9), result("y", p50_ms=4, p95_ms=8)],
     }
-    assert "| flan48 | x | 0.900 |  |  |  |  |  |  |  | 0.100 |" in list(figures(results))
+    assert "| flan48 | x | 0.900 |  |  |  |  |  |  |  | 0.100 |" in list(figures("flan48", results["flan48"]))
     assert list(targets(results))[1:] == [
         "| flan48 | top1 | 0.9 | **0.9 [-0.1, 1.9]** | 0.8 [-0.2, 1.8] |",
         "| voice assistants | p50_ms | 3 | **3 [2, 4]** | 4 [3, 5] |",
         "| voice assistants | p95_ms | 8 | 9 [8, 10] | **8 [7, 9]** |",
     ]
+
+
+def test_the_tables_of_a_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("eval.routebench.load_encoder", lambda **options: Ones())
+    monkeypatch.setattr("eval.routebench.default_folder", lambda: folder)
+    out = folder / "out.json"
+    main(folder, "all", ["base", "random"], only=["flan48", "voice"], system="Hello.", json_file=out)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:6]] == [
+        ["| flan48", "base"],
+        ["| flan48", "random"],
+        ["| voice assistants", "base"],
+        ["| voice assistants", "random"],
+    ]
+    assert lines[6] == ""
+    assert lines[9].startswith("| flan48 | top1 | 0.9 | 0 [0, 0] | ")
+    assert list(json.loads(out.read_text())["sets"]) == ["flan48", "voice assistants"]

@@ -16,6 +16,9 @@ from router.encoder import Vectors
 from router.versions import NOTHING, Learned, Rating
 
 Mask = NDArray[np.bool_]
+
+#: By how much cosine a badly answered prompt must be nearer than those that an expert is for (docs/experiments.md).
+CLEARLY = 0.1
 T = TypeVar("T")
 
 
@@ -76,9 +79,10 @@ class Library:
         return self.once("sentences", lambda: tuple(sentence(rows, self.head) for rows in self.prototypes))
 
     def spoiled(self, vector: Vectors) -> Mask:
-        """(n,) true for experts that answered a prompt badly which is more like this one (dim,) than any of their own.
+        """(n,) true for experts that answered a prompt badly which is clearly nearer to this one (dim,) than their own.
 
-        The nearest-neighbour rule (Cover and Hart 1967) between what an expert is for and what it is not for.
+        The nearest-neighbour rule (Cover and Hart 1967) between what an expert is for and what it is not for, with a
+        margin: without one it costs more good answers than it prevents bad ones.
         """
         bad: NDArray[np.float64] = np.full(len(self), -np.inf)
         good = bad.copy()
@@ -86,7 +90,7 @@ class Library:
         for k, refused in self.once("refused", self._refused):
             bad[k] = (refused @ q).max()
             good[k] = (self.sentences[k] @ q).max(initial=-1.0)
-        nearer: Mask = bad > good + 1e-6  # the same prompt, praised and blamed, counts for the expert
+        nearer: Mask = bad > good + CLEARLY
         return nearer
 
     def _refused(self) -> list[tuple[int, Vectors]]:

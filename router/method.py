@@ -142,7 +142,7 @@ def decide(name: str, method: Method, library: Library, query: Query, limit: int
     """Score, rank, then abstain or choose. Lists the best `limit` candidates, None all that were scored.
 
     Ties go to the first name. Scores that are not finite, and experts outside `query.among`, do not count; nor do
-    experts that answered a prompt badly which is nearer than any of their own.
+    experts that answered a prompt badly which is clearly nearer than any of their own.
     """
     if not np.isfinite(query.vector).all():
         return abstain(name, library, "the prompt's embedding is not finite")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,10 @@ class How:
     metric: str
     steps: int
     seed: int
+
+    def told(self) -> dict[str, Any]:
+        """What matters of it, to be kept with what was found."""
+        return asdict(self) if self.method == "lorahub" else {"method": self.method, "metric": self.metric}
 
     def evaluations(self, members: int) -> int:
         """At most so many."""

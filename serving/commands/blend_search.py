@@ -115,7 +115,7 @@ def _search(
         table = {"found": ask(found.weights), "uniform": ask(uniform), "base": ask([0.0] * K)}
         report = asdict(mixture.build(found.weights, folder))
     search = {
-        **asdict(how),
+        **how.told(),
         "rows": len(rows),
         "rows_sha256": hashlib.sha256(labelled.read_bytes()).hexdigest(),
         "evaluations": len(found.history),

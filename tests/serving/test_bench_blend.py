@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
+from typer.testing import CliRunner
 
 from router.blending import OPERATORS
+from serving import bench_blend as module
 from serving.bench_blend import PEFT, Shape, bench_blend
+from serving.cli import app
 
 TINY = Shape(layers=4, d=24, inner=40, members=3, rank=2)
 
@@ -34,3 +38,22 @@ def test_the_shapes_are_those_of_a_7b_model() -> None:
     modules = Shape().modules()
     assert len(modules) == 224
     assert sum(d_out * d_in for d_out, d_in in modules.values()) == 6_476_005_376
+
+
+def test_the_command_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = bench_blend(TINY, dense_layers=0, rounds=1, peft=False, tell=lambda text: None)
+    compared = {"ours": 0.5, "peft": 2.0, "modules": 1, "d": 24}
+    result |= {"compared": {"svd": compared}, "ratios": {"svd/peft": 0.25}}
+    asked: list[tuple[object, ...]] = []
+
+    def run(*arguments: object) -> dict[str, object]:
+        asked.append(arguments[:4])
+        return result
+
+    monkeypatch.setattr(module, "bench_blend", run)
+    shown = CliRunner().invoke(app, ["bench", "blend", "--layers", "4"])
+    assert shown.exit_code == 0, shown.output
+    assert "of 28 modules; nothing is scaled up" in shown.output
+    printed = CliRunner().invoke(app, ["bench", "blend", "--no-peft", "--json"])
+    assert json.loads(printed.stdout)["ratios"] == {"svd/peft": 0.25}
+    assert asked == [(Shape(layers=4), 0, 3, True), (Shape(), 0, 3, False)]

@@ -11,6 +11,7 @@ domain weighed as a tenth of all); and of candidate sets, how often they hold th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ from router.held_out import HeldOut, hold_out
 from router.method import Method, Query, fitted
 from router.methods import METHODS
 from router.router import Router, RouterSettings
+from router.text import BUDGET, shorten
 
 SHARE = 0.1  # of all prompts, those out of domain
 ALPHAS = (0.2, 0.1, 0.05)
@@ -39,10 +41,13 @@ def asked(method: Method, prompts: Prompts, encoder: Remembering) -> HeldOut:
     """What the method says of the test prompts and of those out of domain, in that order."""
     names = sorted(prompts.samples)
     everything = [(names.index(task), text) for task, text in prompts.test] + [(-1, text) for _, text in prompts.ood]
-    vectors = encoder.encode([text for _, text in everything])
+    vectors = encoder.encode([shorten(text.strip(), BUDGET) for _, text in everything])
     everyone = np.ones(len(names), bool)
     scores = np.stack(
-        [method.score(Query(text, vector, everyone)) for (_, text), vector in zip(everything, vectors, strict=True)]
+        [
+            method.score(Query(shorten(text.strip(), BUDGET), vector, everyone))
+            for (_, text), vector in zip(everything, vectors, strict=True)
+        ]
     )
     limits = np.zeros(len(scores)) if method.thresholds is None else method.thresholds[scores.argmax(axis=1)]
     own = np.array([whose for whose, _ in everything])
@@ -102,8 +107,9 @@ def main(
         if not name.startswith(tuple(only or [""])):
             continue
         prompts = half_of(sets[name](), half)
+        texts = [shorten(text.strip(), BUDGET) for text in prompts.texts()]
         with progress_bar(name) as tell:
-            encoder.prepare(prompts.texts(), lambda done, total, tell=tell: tell("encoding", done, total))  # type: ignore[misc]
+            encoder.prepare(texts, partial(tell, "encoding"))
         for spec in [spec for given in router or ["retrieval"] for spec in specs_of(given)]:
             for row in rows(name, prompts, spec, encoder, far or [0.05]):
                 typer.echo(f"| {' | '.join(row)} |")

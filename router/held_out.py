@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from router.encoder import Vectors
 from router.library import Library
 from router.method import Method, MethodSettings, Query, fitted
+from router.text import BUDGET, shorten
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -103,7 +104,7 @@ def _measure(kind: type[Method], settings: MethodSettings, each: Round, n: int) 
     scores: Floats = np.full((len(each.asked), n), -np.inf)
     limits: Floats = np.zeros(len(each.asked))
     for row, (text, vector, _) in enumerate(each.asked):
-        found = method.score(Query(text, vector, everyone))
+        found = method.score(Query(shorten(text.strip(), BUDGET), vector, everyone))
         found = np.where(np.isfinite(found), found, -np.inf)
         scores[row, each.columns] = found
         if method.thresholds is not None:

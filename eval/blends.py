@@ -30,7 +30,7 @@ from router.mixture import MixtureSettings, mixture_weights
 
 #: LoRAuter's temperature, on a grid on which prompts share blends.
 WEIGHTS = MixtureSettings(top_k=4, spread=0.2, grid=0.1)
-COMPOSED = "compositions"
+COMPOSED, WEIGHED = "compositions", "4 nearest, retrieval's weights"
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,7 @@ def columns(arena: Arena) -> Columns:
     found = {
         "2 nearest": of(lambda name: nearest(arena, name, 2)),
         "4 nearest": of(lambda name: nearest(arena, name, 4)),
-        "4 nearest, retrieval's weights": {
-            n: retrieved(arena, n, nearest(arena, arena.prompts[n].owners[0], 4)) for n in single
-        },
+        WEIGHED: {n: retrieved(arena, n, nearest(arena, arena.prompts[n].owners[0], 4)) for n in single},
         "4 at random": of(lambda name: at_random(arena, name, 4)),
         COMPOSED: {n: equal(arena.prompts[n].owners) for n in composed},
     }
@@ -208,7 +206,7 @@ def results(blended: Blended, rows: Sequence[Row], found: Columns, cache: Path |
             shares = {}
             for name, column in found.items():
                 progress.update(task, description=f"{row.name}, {name}".replace("`", ""))
-                if row.search is None or column is not found.get("4 nearest, retrieval's weights"):
+                if row.search is None or name != WEIGHED:  # a search finds its own
                     if name not in known:
                         if kind is not None and kind not in blended.statistics:
                             blended.measure(kind, blended.arena.names)

@@ -15,6 +15,16 @@ from serving.conversations import NearTies, gain_of, hashes, turn_of
 REVERSE, LOUD = "spell cherry backwards", "write cherry loudly"
 
 
+@pytest.fixture
+def serve(serve):
+    """A server that routes by retrieval, whatever the default is."""
+
+    def running(*, router=None, **given):
+        return serve(router={"method": "retrieval", "methods": {"retrieval": {}}, **(router or {})}, **given)
+
+    return running
+
+
 def user(text):
     return {"role": "user", "content": text}
 

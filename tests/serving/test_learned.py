@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 import numpy as np
 import pytest
@@ -10,6 +11,13 @@ import pytest
 from router.versions import Rating
 
 REVERSE = "spell cherry backwards"
+
+
+@pytest.fixture
+def serve(serve):
+    """A server that routes by retrieval, whatever the default is."""
+    return functools.partial(serve, router={"method": "retrieval", "methods": {"retrieval": {}}})
+
 
 pytestmark = pytest.mark.usefixtures("watchful")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 import numpy as np
 import pytest
@@ -11,6 +12,12 @@ from prometheus_client import REGISTRY
 from adapters_registry.errors import StoreFull
 
 REVERSE = "spell cherry backwards"
+
+
+@pytest.fixture
+def serve(serve):
+    """A server that routes by retrieval, whatever the default is."""
+    return functools.partial(serve, router={"method": "retrieval", "methods": {"retrieval": {}}})
 
 
 async def decided(world, prompt=REVERSE, model="auto", **more):
@@ -48,7 +55,7 @@ async def test_an_answer_can_be_judged_at_once(world):
         "experts": ["reverse"],
     }
     (kept,) = await asyncio.to_thread(world.registry.decisions.rated)
-    assert (kept.id, kept.score, kept.kind, kept.method) == (decision, 0.75, "select", "retrieval")
+    assert (kept.id, kept.score, kept.kind, kept.method) == (decision, 0.75, "select", "fusion")
     assert kept.encoder == world.service.router.encoder_id
     np.testing.assert_allclose(kept.vector, world.service.router.encoder.encode([REVERSE])[0], atol=1e-3)
     assert kept.text is None, "texts are not kept unless asked for"

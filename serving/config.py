@@ -105,7 +105,7 @@ class RouterSection(RouterSettings):
     """How prompts find experts: the router's own settings and the encoder they are for."""
 
     stickiness: float = Field(
-        1.0,
+        2.0,
         ge=0,
         description="Log-odds by which another expert must be better to take over a conversation; 0: each turn anew.",
     )

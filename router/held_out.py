@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -59,10 +60,11 @@ class HeldOut:
 class Round:
     """Prompts (text, embedding (dim,), whose) that were not in the library they are asked of.
 
+    library  makes that library, when its turn comes: all at once would be many times the whole one
     columns  (n',) which experts of the whole library are in this one
     """
 
-    library: Library
+    library: Callable[[], Library]
     columns: Integers
     asked: Sequence[tuple[str, Vectors, int]]
     part: int
@@ -99,8 +101,9 @@ def hold_out(
 
 
 def _measure(kind: type[Method], settings: MethodSettings, each: Round, n: int) -> HeldOut:
-    method = fitted(kind, each.library, settings)
-    everyone = np.ones(len(each.library), bool)
+    library = each.library()
+    method = fitted(kind, library, settings)
+    everyone = np.ones(len(library), bool)
     scores: Floats = np.full((len(each.asked), n), -np.inf)
     limits: Floats = np.zeros(len(each.asked))
     for row, (text, vector, _) in enumerate(each.asked):
@@ -124,7 +127,7 @@ def _folds(library: Library) -> Iterator[Round]:
             asked += [(texts[j], vectors[j], k) for j in out]
             rows.append([j for j in range(len(vectors)) if j not in out])
         if asked:
-            yield Round(part(library, rows), np.arange(len(library)), asked, fold)
+            yield Round(partial(part, library, rows), np.arange(len(library)), asked, fold)
 
 
 def _regions(library: Library) -> Iterator[Round]:
@@ -133,13 +136,13 @@ def _regions(library: Library) -> Iterator[Round]:
         lent = ((library.texts[k], library.prototypes[k]) for k in inner)
         asked = [(text, vector, -1) for pair in lent for text, vector in zip(*pair, strict=False)]
         if asked:
-            yield Round(without(library, kept), kept, asked, number % FOLDS)
+            yield Round(partial(without, library, kept), kept, asked, number % FOLDS)
 
 
 def _outside(library: Library, prompts: Sequence[tuple[str, Vectors]]) -> Iterator[Round]:
     for fold in range(min(FOLDS, len(prompts))):
         asked = [(text, vector, -1) for text, vector in prompts[fold::FOLDS]]
-        yield Round(library, np.arange(len(library)), asked, fold)
+        yield Round(lambda: library, np.arange(len(library)), asked, fold)
 
 
 def part(library: Library, rows: Sequence[Sequence[int]]) -> Library:

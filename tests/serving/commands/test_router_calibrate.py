@@ -17,6 +17,8 @@ from router.versions import Rating, RouterVersions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+DEFAULT = RouterSettings().method
+
 
 @pytest.fixture
 def versions(registry: Registry) -> RouterVersions:
@@ -35,24 +37,24 @@ def test_what_was_measured_is_in_force_and_served(
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert (told["version"], told["promoted"]) == (1, True)
-    measured = told["methods"]["retrieval"]
+    measured = told["methods"]["fusion"]
     assert measured["prompts"] == 8  # two experts have four samples each
     assert measured["outside"] >= 32  # with so few experts, neutral prompts stand in
     learned = versions.active().learned
     assert learned.number == 1
-    assert learned.content.report["calibration"]["retrieval"] == measured
+    assert learned.content.report["calibration"]["fusion"] == measured
 
     from router.encoder import load_encoder
 
     router = Router(load_encoder(), RouterSettings())
     router.refresh(registry.experts())
-    plain = router.standing("retrieval")
+    plain = router.standing("fusion")
     router.refresh(registry.experts(), learned=learned)
-    changed = router.standing("retrieval")
-    shift = learned.calibration["retrieval"]["shift"]
+    changed = router.standing("fusion")
+    shift = learned.calibration["fusion"]["shift"]
     for name, threshold in plain.thresholds.items():
         assert changed.thresholds[name] == pytest.approx(threshold + shift)
-    assert changed.temperature == learned.calibration["retrieval"]["temperature"]
+    assert changed.temperature == learned.calibration["fusion"]["temperature"]
     router.close()
 
 
@@ -66,7 +68,7 @@ def test_prompts_out_of_domain_may_be_given_and_a_version_kept_aside(
     assert "Router version 1 is kept aside." in result.stdout
     assert versions.numbers() == [1]
     assert versions.active().learned.number == 0
-    assert versions.load(1).content.report["calibration"]["retrieval"]["outside"] == 3
+    assert versions.load(1).content.report["calibration"]["fusion"]["outside"] == 3
 
 
 def test_what_was_learned_before_is_kept(calibrate: Callable[..., Result], versions: RouterVersions) -> None:
@@ -80,13 +82,13 @@ def test_what_was_learned_before_is_kept(calibrate: Callable[..., Result], versi
     assert (learned.number, learned.content.parent) == (2, 1)
     assert learned.content.ratings == (rating,)
     assert learned.calibration["knn"] == {"temperature": 2}
-    assert "retrieval" in learned.calibration
+    assert "fusion" in learned.calibration
 
 
 @pytest.mark.parametrize(
     ("words", "file", "complaint"),
     [
-        (["--method", "nothing"], None, "Not served: nothing. Served are retrieval"),
+        (["--method", "nothing"], None, "Not served: nothing. Served are fusion"),
         ([], "\n\n", "holds no prompts"),
         ([], '{"text": "x"}\n', "prompt 1 has no text"),
         (["--far", "2"], None, "less than or equal to 1"),

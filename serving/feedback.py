@@ -80,7 +80,7 @@ class Feedback:
                 vectors = [await self._vector(each.text) for each in batch]
                 await asyncio.to_thread(self._write, batch, vectors)
                 metrics.DECISIONS.labels("kept").inc(len(batch))
-            except RegistryError as error:
+            except Exception as error:  # whatever it is, requests go on
                 metrics.DECISIONS.labels("failed").inc(len(batch))
                 logger.warning("%d decisions are not kept: %s", len(batch), error)
 

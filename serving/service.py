@@ -92,10 +92,10 @@ class Service:
     async def stop(self) -> None:
         self.calibration.stopping = True
         await asyncio.gather(*self._work, return_exceptions=True)  # registrations finish: whole or absent
+        await self.feedback.flush()  # before its task is cancelled, which might be writing
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.feedback.flush()
         await self.groups.close()
         await self.materializer.close()
         await self.engine.stop()

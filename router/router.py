@@ -28,7 +28,7 @@ from router.versions import NOTHING, Learned
 
 
 class RouterSettings(BaseModel):
-    """method      what plain `auto` uses
+    """method      what plain `auto` uses; fusion, or where that is not among `methods` the first of them
     methods     the methods served as `auto:<method>`, each with its settings ({} for the defaults)
     budget      characters of routing text that are read
     max_batch   prompts encoded together
@@ -37,11 +37,19 @@ class RouterSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = "retrieval"
+    method: str = "fusion"
     methods: dict[str, dict[str, Any]] = {name: {} for name in SERVED}
     budget: int = Field(default=BUDGET, ge=16)
     max_batch: int = Field(default=32, ge=1)
     cache_size: int = Field(default=4096, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_method_by_default(cls, given: Any) -> Any:
+        methods = given.get("methods") if isinstance(given, dict) else None
+        if not isinstance(methods, dict) or not methods or "method" in given or "fusion" in methods:
+            return given
+        return {**given, "method": next(iter(methods))}
 
     @field_validator("methods")
     @classmethod

@@ -31,7 +31,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 #: What a server offers unless it is told otherwise: everything that needs nothing but registered experts.
-SERVED = ("retrieval", *(name for name in NAMES if name not in TRAINED))
+SERVED = ("fusion", "retrieval", *(name for name in NAMES if name not in TRAINED))
 
 
 def methods_table() -> str:

@@ -7,13 +7,15 @@ from typing import ClassVar, Self
 import numpy as np
 from pydantic import Field
 
-from router.library import Library
+from router.library import Library, sentence
 from router.method import MethodSettings, Query, Scores, fitted
 from router.methods.lda import LDA, LDASettings
 from router.methods.lexical import Lexical, LexicalSettings
+from router.methods.retrieval import centroid, own_threshold
 from router.mixture import Mixing, MixtureSettings
 from router.taxonomy import Reference, Taxonomy
 
+FEW = 100  # differences of samples: of fewer, the LDA threshold says little
 TEMPERATURE = 0.7  # measured on ni150 (docs/experiments.md)
 
 
@@ -22,7 +24,7 @@ class FusionSettings(MixtureSettings):
     threshold  score under which the base model answers; None: each expert's own
     """
 
-    lexical: float = Field(default=16.0, ge=0)
+    lexical: float = Field(default=24.0, ge=0)
     threshold: float | None = None
 
 
@@ -31,6 +33,9 @@ class Fusion(Mixing):
 
     Neither depends on which other experts the caller may use, so nothing is normalised for a prompt. LDA's score is
     measured by the usual scatter of samples, which makes libraries comparable: one w fits all.
+
+    A library too small to tell from its own samples what is foreign to an expert leaves that to `retrieval`: an expert
+    answers where the cosine with its centroid reaches retrieval's threshold.
     """
 
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
@@ -53,9 +58,16 @@ class Fusion(Mixing):
         self.temperature = TEMPERATURE
         assert lda.thresholds is not None
         assert lexical.thresholds is not None
-        self.thresholds = lda.thresholds + settings.lexical * lexical.thresholds
+        self.thresholds = (lda.thresholds + settings.lexical * lexical.thresholds).round(6)
         if settings.threshold is not None:
             self.thresholds = np.full(len(library), settings.threshold)
+        self._small = lda.scatter.freedom < FEW and settings.threshold is None
+        if self._small:
+            head = library.head or library.dim
+            rows = [centroid(vectors) if len(vectors) else np.zeros((0, head)) for vectors in library.sentences]
+            self._centroids = np.array([row[0] if len(row) else np.zeros(head) for row in rows]).reshape(-1, head)
+            self._least = np.array([own_threshold(vectors, "centroid") for vectors in library.sentences])
+            self._lowest = self.thresholds - 1
 
     @classmethod
     def fit(cls, library: Library, settings: MethodSettings, previous: Self | None = None) -> Self:
@@ -67,4 +79,14 @@ class Fusion(Mixing):
     def score(self, query: Query) -> Scores:
         dense, lexical = self.lda.score(query), self.lexical.score(query)  # (n,) both
         scores: Scores = dense + self.settings.lexical * np.where(np.isfinite(lexical), lexical, 0)
-        return scores.round(6)
+        return (self._as_retrieval_accepts(query, scores) if self._small else scores).round(6)
+
+    def _as_retrieval_accepts(self, query: Query, scores: Scores) -> Scores:
+        """In the same order, the best expert whose threshold for retrieval is reached answers, and no other."""
+        near = self._centroids @ sentence(query.vector, self._centroids.shape[1]) >= self._least
+        scores = np.where(near, scores, np.minimum(scores, self._lowest))
+        usable = np.flatnonzero(near & query.among & np.isfinite(scores))
+        if len(usable):
+            best = usable[scores[usable].argmax()]
+            scores[near] += max(0.0, float(self._lowest[best] + 1 - scores[best]))
+        return scores

@@ -83,12 +83,13 @@ class Lexical(Mixing):
         for each in mine:
             df[each.buckets] += each.spread
         self._idf = (1 + np.log((1 + len(mine)) / (1 + df))).astype(np.float32)  # (WIDTH,)
-        rows = [weighted(each, self._idf) for each in mine]
-        data = np.concatenate([np.zeros(0, np.float32), *rows])
-        ends = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+        weights = [weighted(each, self._idf) for each in mine]
+        data = np.concatenate([np.zeros(0, np.float32), *weights])
+        ends = np.concatenate([[0], np.cumsum([len(each) for each in weights], dtype=np.int64)])
         buckets = np.concatenate([np.zeros(0, np.int64), *(each.buckets for each in mine)])
         # (n, WIDTH), by column: of each n-gram, the experts that have it.
-        self._postings = sparse.csr_array((data, buckets, ends), shape=(len(mine), WIDTH)).tocsc()
+        rows = sparse.csr_array((data, buckets.astype(np.int32), ends.astype(np.int32)), shape=(len(mine), WIDTH))
+        self._postings = rows.tocsc()
         self._known = np.array([each.n > 0 for each in mine], bool)
         own = np.array([expected(each) for each in mine])
         self.thresholds = SLOPE * own if settings.threshold is None else np.full(len(mine), settings.threshold)

@@ -255,7 +255,7 @@ def test_closing_ends_a_refresh_that_is_still_encoding(router: Router, words: An
     [
         ({"methods": {"arrows": {}}}, "no routing method 'arrows'; there are retrieval, "),
         ({"methods": {"retrieval": {"scorin": "best"}}}, "Extra inputs are not permitted"),
-        ({"method": "base"}, "the default method 'base' is not among `methods`: retrieval"),
+        ({"method": "base"}, "the default method 'base' is not among `methods`: fusion, retrieval"),
         ({"budget": 0}, "greater than or equal to 16"),
         ({"unknown": 1}, "Extra inputs are not permitted"),
     ],

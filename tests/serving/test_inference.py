@@ -33,7 +33,7 @@ async def test_auto_asks_the_expert_that_the_router_chose(world):
 async def test_the_router_decides_unless_somebody_is_named(world, model):
     response = await world.ask(model, REVERSE)
     assert response.json()["model"] == "reverse"
-    assert response.headers["x-moerge-method"] == "retrieval"
+    assert response.headers["x-moerge-method"] == ("retrieval" if model == "auto:retrieval" else "fusion")
 
 
 async def test_a_prompt_like_no_expert_s_is_the_base_model_s(world):
@@ -460,7 +460,7 @@ async def test_one_log_line_says_what_happened_and_nothing_of_what_was_said(worl
     (record,) = [each for each in caplog.records if each.name == "moerge.request"]
     line = record.getMessage()
     assert line.startswith(response.headers["x-moerge-decision-id"])
-    for part in ("model=auto", "method=retrieval", "kind=select", "experts=reverse=1", "route_ms=", "status=200"):
+    for part in ("model=auto", "method=fusion", "kind=select", "experts=reverse=1", "route_ms=", "status=200"):
         assert part in line
     assert "confidential" not in caplog.text
     assert "s" * 43 not in caplog.text

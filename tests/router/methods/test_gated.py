@@ -53,7 +53,7 @@ def names(decision: Decision) -> list[str]:
 def test_every_gate_is_a_method_and_those_that_need_nothing_else_are_served() -> None:
     assert tuple(GATES) == NAMES
     assert set(NAMES) < METHODS.keys()
-    assert set(SERVED) == {"retrieval", *(name for name, gate in GATES.items() if not gate.extra)}
+    assert set(SERVED) == {"fusion", "retrieval", *(name for name, gate in GATES.items() if not gate.extra)}
     assert [METHODS[name].taxonomy for name in GATES] == [gate.taxonomy for gate in GATES.values()]
     assert RouterSettings().methods == {name: {} for name in SERVED}
 

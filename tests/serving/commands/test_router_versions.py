@@ -112,4 +112,4 @@ def test_a_damaged_version_is_shown_as_such_and_not_promoted(offline: Any, versi
 def test_a_method_that_is_not_served_is_named(offline: Any) -> None:
     result = offline("router", "train", "--method", "palmistry")
     assert result.exit_code == 1
-    assert "No routing method 'palmistry'. Served: retrieval" in " ".join(result.stderr.split())
+    assert "No routing method 'palmistry'. Served: fusion" in " ".join(result.stderr.split())

@@ -55,7 +55,7 @@ async def test_an_answer_can_be_judged_at_once(world):
         "experts": ["reverse"],
     }
     (kept,) = await asyncio.to_thread(world.registry.decisions.rated)
-    assert (kept.id, kept.score, kept.kind, kept.method) == (decision, 0.75, "select", "fusion")
+    assert (kept.id, kept.score, kept.kind, kept.method) == (decision, 0.75, "select", "retrieval")
     assert kept.encoder == world.service.router.encoder_id
     np.testing.assert_allclose(kept.vector, world.service.router.encoder.encode([REVERSE])[0], atol=1e-3)
     assert kept.text is None, "texts are not kept unless asked for"

@@ -54,12 +54,12 @@ async def test_metrics_count_what_happened(world):
     await world.ask("auto", "write cherry loudly")
     after = await metrics(world)
     for line, more in (
-        ('moerge_requests_total{kind="select",policy="retrieval",status="200"}', 2),
-        ('moerge_requests_total{kind="base",policy="retrieval",status="200"}', 1),
+        ('moerge_requests_total{kind="select",policy="fusion",status="200"}', 2),
+        ('moerge_requests_total{kind="base",policy="fusion",status="200"}', 1),
         ('moerge_requests_total{kind="none",policy="none",status="404"}', 1),
         ('moerge_expert_requests_total{expert="reverse"}', 2),
         ('moerge_fallbacks_total{expert="shout"}', 1),
-        ('moerge_route_seconds_count{method="retrieval"}', 3),
+        ('moerge_route_seconds_count{method="fusion"}', 3),
     ):
         assert value(after, line) - value(before, line) == more, line
     assert value(after, "moerge_experts") == 3

@@ -61,7 +61,7 @@ def test_the_readme_s_question_is_answered_by_the_right_expert(server):
     assert response.json()["choices"][0]["message"]["content"].strip() == "ananab"
     assert response.json()["model"] == "reverse"
     assert response.headers["x-moerge-experts"] == "reverse=1"
-    assert response.headers["x-moerge-method"] == "retrieval"
+    assert response.headers["x-moerge-method"] == "fusion"
     assert response.headers["x-moerge-decision-id"].startswith("dec-")
     assert 0 < float(response.headers["x-moerge-confidence"]) <= 1
     assert float(response.headers["x-moerge-route-ms"]) > 0

@@ -112,12 +112,16 @@ def _write(folder: Path, plan: Plan, lineage: dict[str, Any]) -> Report:
         shapes[_tensor(module, "B")] = (d_out, rank)
     cut: list[Compressed] = []
 
+    def merge_and_pad(module: str) -> tuple[Factors, Compressed | None]:
+        factors, compressed = merge_module(plan, module, rows[module])
+        return Factors(A=_padded(factors.A, rank, 0), B=_padded(factors.B, rank, 1)), compressed
+
     def merged() -> Generator[Tensor]:
-        for factors, compressed in in_threads(lambda module: merge_module(plan, module, rows[module]), rows):
+        for factors, compressed in in_threads(merge_and_pad, rows):
             if compressed is not None:
                 cut.append(compressed)
-            yield _padded(factors.A, rank, 0)
-            yield _padded(factors.B, rank, 1)
+            yield factors.A
+            yield factors.B
 
     with closing(merged()) as tensors:
         write_tensors(folder / WEIGHTS, shapes, tensors)

@@ -19,7 +19,7 @@ from router.text import BUDGET, shorten
 
 SLOPE = 0.6  # of the cosine that an expert's own prompts are expected to have, what the threshold asks for
 LONE = 0.3  # that cosine for an expert with one sample
-TEMPERATURE = 0.05
+TEMPERATURE = 0.03
 
 
 class LexicalSettings(MixtureSettings):

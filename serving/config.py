@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from router.encoder import Backend
+from router.methods import SERVED
 from router.methods.gated import NAMES
 from router.router import RouterSettings
 
@@ -102,7 +103,19 @@ class EngineSettings(Section):
 
 
 class RouterSection(RouterSettings):
-    """How prompts find experts: the router's own settings and the encoder they are for."""
+    """How prompts find experts: the router's own settings and the encoder they are for.
+
+    What `methods` names is added to the methods that are served anyway; `name: null` takes one out.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_beside_the_usual(cls, given: Any) -> Any:
+        methods = given.get("methods") if isinstance(given, dict) else None
+        if not isinstance(methods, dict):
+            return given
+        usual: dict[str, Any] = {name: {} for name in SERVED}
+        return {**given, "methods": {key: value for key, value in (usual | methods).items() if value is not None}}
 
     stickiness: float = Field(
         2.0,

@@ -37,7 +37,15 @@ def test_lists_and_mappings_come_from_the_environment_as_json(monkeypatch, tmp_p
     monkeypatch.setenv("MOERGE_ROUTER__METHODS", '{"retrieval": {"scoring": "best"}}')
     settings = load_settings()
     assert settings.registry.import_dirs == (tmp_path,)
-    assert settings.router.methods == {"retrieval": {"scoring": "best"}}
+    assert settings.router.methods["retrieval"] == {"scoring": "best"}
+
+
+def test_methods_are_configured_beside_the_usual_ones(file):
+    file.write_text("router: {methods: {retrieval: {top_k: 3}, random: {}, arrow: null}}\n")
+    router = load_settings(file).router
+    assert router.method == Settings().router.method
+    assert router.methods["retrieval"] == {"top_k": 3}
+    assert router.methods.keys() == (Settings().router.methods.keys() | {"random"}) - {"arrow"}
 
 
 def test_the_command_line_s_own_variables_are_no_settings(monkeypatch):

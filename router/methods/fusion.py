@@ -66,8 +66,8 @@ class Fusion(Mixing):
             head = library.head or library.dim
             rows = [centroid(vectors) if len(vectors) else np.zeros((0, head)) for vectors in library.sentences]
             self._centroids = np.array([row[0] if len(row) else np.zeros(head) for row in rows]).reshape(-1, head)
+            self._limits = self.thresholds  # a calibration moves its copy's thresholds, not these
             self._least = np.array([own_threshold(vectors, "centroid") for vectors in library.sentences])
-            self._lowest = self.thresholds - 1
 
     @classmethod
     def fit(cls, library: Library, settings: MethodSettings, previous: Self | None = None) -> Self:
@@ -82,11 +82,12 @@ class Fusion(Mixing):
         return (self._as_retrieval_accepts(query, scores) if self._small else scores).round(6)
 
     def _as_retrieval_accepts(self, query: Query, scores: Scores) -> Scores:
-        """In the same order, the best expert whose threshold for retrieval is reached answers, and no other."""
+        """In the same order, all moved by one number so that the best answers if retrieval's threshold is reached."""
         near = self._centroids @ sentence(query.vector, self._centroids.shape[1]) >= self._least
-        scores = np.where(near, scores, np.minimum(scores, self._lowest))
-        usable = np.flatnonzero(near & query.among & np.isfinite(scores))
-        if len(usable):
-            best = usable[scores[usable].argmax()]
-            scores[near] += max(0.0, float(self._lowest[best] + 1 - scores[best]))
-        return scores
+        usable = np.flatnonzero(query.among & np.isfinite(scores))
+        if not len(usable):
+            return scores
+        best = usable[scores[usable].argmax()]
+        above = float(scores[best] - self._limits[best])
+        moved: Scores = scores - (min(0.0, above) if near[best] else max(0.0, above + 1))
+        return moved

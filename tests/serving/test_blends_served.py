@@ -20,7 +20,7 @@ from serving.inference import PATHS
 REVERSE = "spell cherry backwards"
 FAR = "zebra quartz"
 NAMED = {"experts": {"count": 0.6, "shout": 0.4}, "operator": "ties"}
-MIXTURE = {"methods": {"retrieval": {"top_k": 3, "threshold": -1, "weights": "uniform"}}}
+MIXTURE = {"method": "retrieval", "methods": {"retrieval": {"top_k": 3, "threshold": -1, "weights": "uniform"}}}
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ async def test_a_mixture_is_one_blend(mixing):
 
 async def test_decisions_that_are_nearly_equal_share_a_blend(serve):
     settings = {"top_k": 3, "threshold": -1, "spread": 1.0, "grid": 0.1}
-    async with serve(router={"methods": {"retrieval": settings}}) as world:
+    async with serve(router={"method": "retrieval", "methods": {"retrieval": settings}}) as world:
         for k in range(4):
             await world.ask("auto", f"{REVERSE} {'please ' * k}")
         assert len({each.body["model"] for each in world.engine.asked}) == 1
@@ -93,17 +93,18 @@ async def test_the_mixture_can_be_merged_by_another_operator_for_one_call(mixing
 async def test_an_operator_needs_somebody_to_merge(world, serve):
     refused = await world.ask("auto", REVERSE, moerge={"operator": "ties"})
     assert refused.status_code == 400
-    assert "'retrieval' is not set to" in refused.json()["error"]["message"]
+    assert "'fusion' is not set to" in refused.json()["error"]["message"]
     gated = await world.ask("auto:arrow", REVERSE, moerge={"operator": "ties"})
     assert gated.status_code == 400
-    async with serve(router={"methods": {"retrieval": {"top_k": 3}}}) as few:  # who is near enough is alone
+    nearest = {"method": "retrieval", "methods": {"retrieval": {"top_k": 3}}}
+    async with serve(router=nearest) as few:  # who is near enough is alone
         assert (await few.ask("auto", REVERSE, moerge={"operator": "ties"})).json()["model"] == "reverse"
         assert (await few.ask("auto", FAR, moerge={"operator": "ties"})).json()["model"] == "tiny"
 
 
 async def test_when_a_blend_cannot_be_made_or_loaded_the_base_model_answers(serve, caplog):
     methods = {"retrieval": {"top_k": 3, "threshold": -1, "operator": "fisher"}}
-    async with serve(router={"methods": methods}) as world:
+    async with serve(router={"method": "retrieval", "methods": methods}) as world:
         response = await world.ask("auto", REVERSE)
         assert response.json()["model"] == "tiny"
         assert "x-moerge-operator" not in response.headers

@@ -15,7 +15,8 @@ from router.methods.retrieval import centroid, own_threshold
 from router.mixture import Mixing, MixtureSettings
 from router.taxonomy import Reference, Taxonomy
 
-FEW = 100  # differences of samples: of fewer, the LDA threshold says little
+FEW = 100  # samples in all: of fewer, the thresholds say little
+FOREIGN = 192  # samples that are asked of all experts but their own
 TEMPERATURE = 1.4  # measured on ni150 (docs/experiments.md)
 
 
@@ -34,8 +35,11 @@ class Fusion(Mixing):
     Neither depends on which other experts the caller may use, so nothing is normalised for a prompt. LDA's score is
     measured by the usual scatter of samples, which makes libraries comparable: one w fits all.
 
-    A library too small to tell from its own samples what is foreign to an expert leaves that to `retrieval`: an expert
-    answers where the cosine with its centroid reaches retrieval's threshold.
+    An expert answers from the score on that nearly all of its own held-out samples reach. Experts that are far apart
+    should also answer what is asked in other words than their samples, so below that score, down to the one that the
+    nearest expert typically has for a sample that is not its own, `retrieval` decides. The expert answers where the
+    cosine with its centroid reaches retrieval's threshold. In a library that is too small to tell what is foreign to an
+    expert, retrieval decides at any score.
     """
 
     taxonomy: ClassVar[Taxonomy] = Taxonomy(
@@ -61,13 +65,15 @@ class Fusion(Mixing):
         self.thresholds = (lda.thresholds + settings.lexical * lexical.thresholds).round(6)
         if settings.threshold is not None:
             self.thresholds = np.full(len(library), settings.threshold)
-        self._small = lda.scatter.freedom < FEW and settings.threshold is None
-        if self._small:
-            head = library.head or library.dim
-            rows = [centroid(vectors) if len(vectors) else np.zeros((0, head)) for vectors in library.sentences]
-            self._centroids = np.array([row[0] if len(row) else np.zeros(head) for row in rows]).reshape(-1, head)
-            self._limits = self.thresholds  # a calibration moves its copy's thresholds, not these
-            self._least = np.array([own_threshold(vectors, "centroid") for vectors in library.sentences])
+        self._limits = self.thresholds  # a calibration moves its copy's thresholds, not these
+        self._doubt = (0.0, 0.0)  # scores above the threshold, from and to, for which retrieval decides
+        if settings.threshold is None:
+            few = sum(map(len, library.prototypes)) < FEW
+            self._doubt = (-np.inf, np.inf) if few else (self._foreign(library), 0.0)
+        head = library.head or library.dim
+        rows = [centroid(vectors) if len(vectors) else np.zeros((0, head)) for vectors in library.sentences]
+        self._centroids = np.array([row[0] if len(row) else np.zeros(head) for row in rows]).reshape(-1, head)
+        self._least = np.array([own_threshold(vectors, "centroid") for vectors in library.sentences])
 
     @classmethod
     def fit(cls, library: Library, settings: MethodSettings, previous: Self | None = None) -> Self:
@@ -77,17 +83,34 @@ class Fusion(Mixing):
         return cls(library, settings, lda, lexical)
 
     def score(self, query: Query) -> Scores:
+        scores = self._sum(query)
+        usable = np.flatnonzero(query.among & np.isfinite(scores))
+        return (self._settled(query, scores, usable[scores[usable].argmax()]) if len(usable) else scores).round(6)
+
+    def _sum(self, query: Query) -> Scores:
         dense, lexical = self.lda.score(query), self.lexical.score(query)  # (n,) both
         scores: Scores = dense + self.settings.lexical * np.where(np.isfinite(lexical), lexical, 0)
-        return (self._as_retrieval_accepts(query, scores) if self._small else scores).round(6)
+        return scores
 
-    def _as_retrieval_accepts(self, query: Query, scores: Scores) -> Scores:
-        """In the same order, all moved by one number so that the best answers if retrieval's threshold is reached."""
-        near = self._centroids @ sentence(query.vector, self._centroids.shape[1]) >= self._least
-        usable = np.flatnonzero(query.among & np.isfinite(scores))
-        if not len(usable):
-            return scores
-        best = usable[scores[usable].argmax()]
+    def _foreign(self, library: Library) -> float:
+        """By how much the nearest expert but its own exceeds its threshold for a sample: the median."""
+        samples = [
+            (k, text, vector)
+            for k, (texts, vectors) in enumerate(zip(library.texts, library.prototypes, strict=True))
+            for text, vector in zip(texts, vectors, strict=False)  # embeddings of praised prompts have no texts
+        ]
+        above = []
+        for k, text, vector in samples[:: -(-len(samples) // FOREIGN)]:
+            scores = self._sum(Query(text, vector, np.ones(len(library), bool))) - self._limits
+            above.append(np.delete(scores, k).max(initial=-np.inf))
+        return float(np.median([each for each in above if np.isfinite(each)] or [0.0]))
+
+    def _settled(self, query: Query, scores: Scores, best: int) -> Scores:
+        """In the same order, all moved by one number where retrieval decides whether the best answers."""
         above = float(scores[best] - self._limits[best])
-        moved: Scores = scores - (min(0.0, above) if near[best] else max(0.0, above + 1))
+        least, most = self._doubt
+        if not least <= above < most:
+            return scores
+        near = self._centroids[best] @ sentence(query.vector, self._centroids.shape[1]) >= self._least[best]
+        moved: Scores = scores - (min(0.0, above) if near else max(0.0, above + 1))
         return moved

@@ -8,6 +8,7 @@ from router.method import Method
 from router.methods.bandit import Bandit
 from router.methods.base import Base
 from router.methods.centroids import Centroids
+from router.methods.classifier import Classifier
 from router.methods.fusion import Fusion
 from router.methods.gated import NAMES, TRAINED, gated
 from router.methods.knn import KNN
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "knn": KNN,
     "lda": LDA,
     "lexical": Lexical,
+    "classifier": Classifier,
     "fusion": Fusion,
     "bandit": Bandit,
     "random": Random,

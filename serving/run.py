@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from threadpoolctl import threadpool_limits
 
 from adapters_registry.base import BaseSpec
 from adapters_registry.keys import ApiKeys
@@ -115,6 +116,14 @@ def build_service(plan: Plan) -> Service:
     return Service(settings, registry, router, engine)
 
 
+def quiet_blas() -> None:
+    """One thread for NumPy's matrix products, which are small here.
+
+    Its other threads would wait for the next product in a loop, on the cores that the engine computes on.
+    """
+    threadpool_limits(1, user_api="blas")
+
+
 class Server(uvicorn.Server):
     """uvicorn, remembering why it had to stop."""
 
@@ -139,6 +148,7 @@ def serve(plan: Plan, on_ready: Callable[[Service], None], on_expert: Callable[[
     """Run until Ctrl-C or SIGTERM; requests in flight are finished first. Raises what the first start failed with."""
     with listen(plan.settings.server) as listener:
         service = build_service(plan)
+        quiet_blas()
         app = create_app(service)
 
         @asynccontextmanager

@@ -29,7 +29,7 @@ from router.versions import NOTHING, Learned
 
 class RouterSettings(BaseModel):
     """method      what plain `auto` uses; fusion, or where that is not among `methods` the first of them
-    methods     the methods served as `auto:<method>`, each with its settings ({} for the defaults)
+    methods     served as `auto:<method>`, each with its settings; a server adds its own to these, null takes one out
     budget      characters of routing text that are read
     max_batch   prompts encoded together
     cache_size  encodings of recent prompts that are remembered

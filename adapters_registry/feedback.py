@@ -6,8 +6,7 @@ that is served, so the generation stays where it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from sqlalchemy import CursorResult, Engine, delete, func, select
 from sqlalchemy.orm import Session
 
-from adapters_registry.database import explained
+from adapters_registry.changes import Changes
 from adapters_registry.errors import DecisionNotFound
 from adapters_registry.models import DecisionRow, now
 from adapters_registry.tensors import FloatArray
@@ -57,13 +56,7 @@ class Decisions:
     """The decisions in the registry's database."""
 
     def __init__(self, engine: Engine, data_dir: Path) -> None:
-        self._engine = engine
-        self._data_dir = data_dir
-
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        with explained(self._data_dir), Session(self._engine) as session:
-            yield session
+        self._session = Changes(engine, data_dir).session
 
     def add(self, decisions: Sequence[Decided]) -> None:
         """Keep these, in one transaction."""

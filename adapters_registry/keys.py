@@ -9,17 +9,16 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, Self
 
 from sqlalchemy import Engine, select
-from sqlalchemy.orm import Session
 
-from adapters_registry.database import explained, open_database
+from adapters_registry.changes import Changes
+from adapters_registry.database import open_database
 from adapters_registry.errors import KeyNotFound
 from adapters_registry.expert import Frozen
 from adapters_registry.models import KeyRow, now
@@ -45,7 +44,7 @@ class ApiKeys:
 
     def __init__(self, engine: Engine, data_dir: Path) -> None:
         self._engine = engine
-        self._data_dir = data_dir
+        self._session = Changes(engine, data_dir).session
 
     @classmethod
     def open(cls, data_dir: Path, url: str | None = None) -> Self:
@@ -54,11 +53,6 @@ class ApiKeys:
 
     def close(self) -> None:
         self._engine.dispose()
-
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        with explained(self._data_dir), Session(self._engine) as session:
-            yield session
 
     def create(self, owner: str, scopes: Iterable[Scope]) -> tuple[KeyInfo, str]:
         """A new key and its token, which cannot be shown again."""

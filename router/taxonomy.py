@@ -39,3 +39,17 @@ class Taxonomy:
     generalization: Literal["in-distribution", "out-of-distribution"]
     user_data: Literal["zero-shot", "few-shot", "full"]
     reference: Reference | None = None
+
+
+#: What methods that pick one expert for a prompt by the experts' samples have in common; each says where it differs.
+FROM_SAMPLES = Taxonomy(
+    expert_training="standard",
+    expert_data="private",
+    routing_data="expert",
+    input="example",
+    depth="model",
+    selection="sparse",
+    aggregation="none",
+    generalization="in-distribution",
+    user_data="zero-shot",
+)

@@ -45,6 +45,18 @@ class Plan:
         """One registry for each base model."""
         return data_dir(self.settings, self.base.served_name)
 
+    @property
+    def database_url(self) -> str | None:
+        url = self.settings.registry.database_url
+        return url.get_secret_value() if url else None
+
+    def spec(self) -> BaseSpec:
+        """What the registry knows of the base model: reads its configuration."""
+        base = self.base
+        return BaseSpec.from_pretrained(
+            base.path, name=base.served_name, revision=base.revision, aliases=frozenset(base.aliases)
+        )
+
 
 def data_dir(settings: Settings, base: str) -> Path:
     return settings.registry.data_dir.expanduser() / re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.")
@@ -92,14 +104,10 @@ def open_keys(settings: Settings, base: str) -> ApiKeys:
 
 def build_service(plan: Plan) -> Service:
     """Open the registry, load the encoder and prepare the engine. Blocks; nothing listens yet."""
-    settings, base = plan.settings, plan.base
-    url = settings.registry.database_url
-    spec = BaseSpec.from_pretrained(
-        base.path, name=base.served_name, revision=base.revision, aliases=frozenset(base.aliases)
-    )
+    settings, base, spec = plan.settings, plan.base, plan.spec()
     registry = Registry.open(
         plan.data_dir,
-        url=url.get_secret_value() if url else None,
+        url=plan.database_url,
         base=spec,
         limits=Limits(
             max_rank=settings.engine.max_rank,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -27,7 +27,7 @@ from router.encoder import Vectors
 from router.library import Library, sentence
 from router.method import Choice, Method, MethodSettings, Query, Scores, fitted
 from router.methods.retrieval import Retrieval, RetrievalSettings
-from router.taxonomy import Reference, Taxonomy
+from router.taxonomy import FROM_SAMPLES, Reference, Taxonomy
 
 Floats = NDArray[np.float64]
 
@@ -67,15 +67,9 @@ class Arm:
 
 
 class Bandit(Method):
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        FROM_SAMPLES,
         routing_data="target",
-        input="example",
-        depth="model",
-        selection="sparse",
-        aggregation="none",
-        generalization="in-distribution",
         user_data="few-shot",
         reference=Reference(title="LinUCB (Li et al. 2010)", url="https://arxiv.org/abs/1003.0146"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -12,7 +13,7 @@ from router.library import Library, sentence
 from router.method import MethodSettings, Query, Scores
 from router.methods.retrieval import centroid, cohesion
 from router.mixture import Mixing, MixtureSettings
-from router.taxonomy import Reference, Taxonomy
+from router.taxonomy import FROM_SAMPLES, Reference, Taxonomy
 
 # Measured with all-MiniLM-L6-v2 (docs/experiments.md): the threshold is offset + slope * cohesion.
 OFFSET, SLOPE = 0.36, 0.15
@@ -33,16 +34,8 @@ class CentroidsSettings(MixtureSettings):
 class Centroids(Mixing):
     """s_k = max_j q . c_kj over the centroids c_k1 ... c_km of expert k's samples, by spherical k-means."""
 
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="expert",
-        input="example",
-        depth="model",
-        selection="sparse",
-        aggregation="none",
-        generalization="in-distribution",
-        user_data="zero-shot",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        FROM_SAMPLES,
         reference=Reference(title="ARIADNE (2026)", url="https://arxiv.org/abs/2606.19079"),
     )
     Settings: ClassVar[type[MethodSettings]] = CentroidsSettings

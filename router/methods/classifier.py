@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -14,7 +14,7 @@ from router.library import Library
 from router.method import MethodSettings, Query, Scores, fitted
 from router.methods.lda import LDA, LDASettings
 from router.mixture import Mixing, MixtureSettings
-from router.taxonomy import Reference, Taxonomy
+from router.taxonomy import FROM_SAMPLES, Reference, Taxonomy
 
 Matrix = NDArray[np.float64]
 Layers = tuple[tuple[Matrix, Matrix], ...]  # (out, in) weights and (out,) biases, ReLU in between
@@ -88,16 +88,8 @@ class Classifier(Mixing):
     Nothing can be learned from fewer than two experts, or where nobody has two samples: the scores are LDA's then.
     """
 
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="expert",
-        input="example",
-        depth="model",
-        selection="sparse",
-        aggregation="none",
-        generalization="in-distribution",
-        user_data="zero-shot",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        FROM_SAMPLES,
         reference=Reference(
             title="Logistic regression (Cox 1958)", url="https://doi.org/10.1111/j.2517-6161.1958.tb00292.x"
         ),

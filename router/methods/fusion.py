@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import numpy as np
 from pydantic import Field
 
-from router.library import Library, sentence
+from router.library import Library
 from router.method import MethodSettings, Query, Scores, fitted
 from router.methods.lda import LDA, LDASettings
 from router.methods.lexical import Lexical, LexicalSettings
-from router.methods.retrieval import centroid, own_threshold
+from router.methods.retrieval import Retrieval, RetrievalSettings
 from router.mixture import Mixing, MixtureSettings
-from router.taxonomy import Reference, Taxonomy
+from router.taxonomy import FROM_SAMPLES, Reference, Taxonomy
 
 FEW = 100  # samples in all: of fewer, the thresholds say little
 FOREIGN = 192  # samples that are asked of all experts but their own
@@ -42,23 +43,17 @@ class Fusion(Mixing):
     expert, retrieval decides at any score.
     """
 
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="expert",
-        input="example",
-        depth="model",
-        selection="sparse",
-        aggregation="none",
-        generalization="in-distribution",
-        user_data="zero-shot",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        FROM_SAMPLES,
         reference=Reference(title="Sum rule (Kittler et al. 1998)", url="https://doi.org/10.1109/34.667881"),
     )
     Settings: ClassVar[type[MethodSettings]] = FusionSettings
 
-    def __init__(self, library: Library, settings: FusionSettings, lda: LDA, lexical: Lexical) -> None:
+    def __init__(
+        self, library: Library, settings: FusionSettings, lda: LDA, lexical: Lexical, retrieval: Retrieval
+    ) -> None:
         self.settings = settings
-        self.lda, self.lexical = lda, lexical
+        self.lda, self.lexical, self.retrieval = lda, lexical, retrieval
         self.temperature = TEMPERATURE
         assert lda.thresholds is not None
         assert lexical.thresholds is not None
@@ -70,17 +65,14 @@ class Fusion(Mixing):
         if settings.threshold is None:
             few = sum(map(len, library.prototypes)) < FEW
             self._doubt = (-np.inf, np.inf) if few else (self._foreign(library), 0.0)
-        head = library.head or library.dim
-        rows = [centroid(vectors) if len(vectors) else np.zeros((0, head)) for vectors in library.sentences]
-        self._centroids = np.array([row[0] if len(row) else np.zeros(head) for row in rows]).reshape(-1, head)
-        self._least = np.array([own_threshold(vectors, "centroid") for vectors in library.sentences])
 
     @classmethod
     def fit(cls, library: Library, settings: MethodSettings, previous: Self | None = None) -> Self:
         assert isinstance(settings, FusionSettings)
         lda = fitted(LDA, library, LDASettings(), previous.lda if previous else None)
         lexical = fitted(Lexical, library, LexicalSettings(), previous.lexical if previous else None)
-        return cls(library, settings, lda, lexical)
+        retrieval = fitted(Retrieval, library, RetrievalSettings(), previous.retrieval if previous else None)
+        return cls(library, settings, lda, lexical, retrieval)
 
     def score(self, query: Query) -> Scores:
         scores = self._sum(query)
@@ -111,6 +103,7 @@ class Fusion(Mixing):
         least, most = self._doubt
         if not least <= above < most:
             return scores
-        near = self._centroids[best] @ sentence(query.vector, self._centroids.shape[1]) >= self._least[best]
+        assert self.retrieval.thresholds is not None
+        near = self.retrieval.score(query)[best] >= self.retrieval.thresholds[best]
         moved: Scores = scores - (min(0.0, above) if near else max(0.0, above + 1))
         return moved

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from router.decision import Verdict
 from router.library import Library
-from router.method import Choice, Method, MethodSettings, Query, Scores, fitted
+from router.method import Choice, Method, MethodSettings, Query, Scores, distinct, fitted
 from router.methods.retrieval import Retrieval, RetrievalSettings, ScoringSettings
 from router.taxonomy import Taxonomy
 
@@ -115,7 +115,7 @@ class Gated(Method):
         taken = 0 if self._general is None else library.experts[self._general].rank
         ranks = [expert.rank + taken for expert in library.experts]
         self._rows = [min(rank, settings.compress or rank) + gate.extra for rank in ranks]
-        self._digests = [expert.digest for expert in library.experts]
+        self._library = library
         self._cold = np.array([not expert.samples for expert in library.experts], bool)  # (n,)
         self._group = np.array([expert.name in settings.group for expert in library.experts], bool)  # (n,)
 
@@ -138,7 +138,9 @@ class Gated(Method):
     def choose(self, query: Query, scores: Scores, ranked: Sequence[int]) -> Choice:
         general = self._general if self._general is not None and query.among[self._general] else None
         ranked = [k for k in ranked if k != general] or ranked
-        wanted = self._distinct(ranked if self.settings.group else self._shortlist(query, scores, ranked))
+        wanted = distinct(
+            self._library, list(ranked) if self.settings.group else self._shortlist(query, scores, ranked)
+        )
         members = sorted(self._fitting(wanted))
         reason = ""
         if len(members) < len(wanted):
@@ -183,13 +185,6 @@ class Gated(Method):
                 left -= self._rows[k]
                 kept.append(k)
         return kept
-
-    def _distinct(self, wanted: Sequence[int]) -> list[int]:
-        """The same adapter under several names has one place: the first's."""
-        seen: dict[str, int] = {}
-        for k in wanted:
-            seen.setdefault(self._digests[k], k)
-        return list(seen.values())
 
     def _weights(self, scores: Scores, cold: NDArray[np.bool_]) -> NDArray[np.float64]:
         """(K,) softmax(scores / temperature), or equal ones; an expert without samples has the mean, 1/K."""

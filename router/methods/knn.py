@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -11,7 +12,7 @@ from router.library import Library, sentence
 from router.method import MethodSettings, Query, Scores
 from router.methods.retrieval import cohesion
 from router.mixture import Mixing, MixtureSettings
-from router.taxonomy import Reference, Taxonomy
+from router.taxonomy import FROM_SAMPLES, Reference, Taxonomy
 
 # Measured with all-MiniLM-L6-v2 (docs/experiments.md): the threshold is offset + slope * cohesion.
 OFFSET, SLOPE = 0.20, 0.25
@@ -36,16 +37,8 @@ class KNN(Mixing):
     how near the samples are, which the share of votes does not.
     """
 
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="expert",
-        input="example",
-        depth="model",
-        selection="sparse",
-        aggregation="none",
-        generalization="in-distribution",
-        user_data="zero-shot",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        FROM_SAMPLES,
         reference=Reference(
             title="Distance-weighted k-nearest neighbours (Dudani 1976)",
             url="https://doi.org/10.1109/TSMC.1976.5408784",

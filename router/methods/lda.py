@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -14,7 +14,7 @@ from router.encoder import Vectors
 from router.library import Library
 from router.method import MethodSettings, Query, Scores
 from router.mixture import Mixing, MixtureSettings
-from router.taxonomy import Reference, Taxonomy
+from router.taxonomy import FROM_SAMPLES, Reference, Taxonomy
 
 Matrix = NDArray[np.float64]
 
@@ -73,16 +73,8 @@ class LDA(Mixing):
     is the mode under an inverse-Wishart prior of D observations of a sphere: with few samples d is Euclidean.
     """
 
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="expert",
-        input="example",
-        depth="model",
-        selection="sparse",
-        aggregation="none",
-        generalization="in-distribution",
-        user_data="zero-shot",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        FROM_SAMPLES,
         reference=Reference(
             title="Relative Mahalanobis distance (Ren et al. 2021)", url="https://arxiv.org/abs/2106.09022"
         ),
@@ -90,6 +82,8 @@ class LDA(Mixing):
     Settings: ClassVar[type[MethodSettings]] = LDASettings
 
     def __init__(self, library: Library, settings: LDASettings, scatter: Scatter) -> None:
+        from scipy.linalg import cho_solve, lapack  # type: ignore[import-untyped]
+
         self.settings = settings
         self.scatter = scatter
         self.temperature = TEMPERATURE
@@ -104,8 +98,10 @@ class LDA(Mixing):
         self.rho = share(scatter, settings.shrinkage)
         self.covariance = covariance(inside, self.rho)
         # (D, D): with W = L L^T, the squared length of L^-1 x / u^1/2 is d(x, 0)^2 / u.
-        whiten = np.linalg.inv(np.linalg.cholesky(self.covariance))
-        self._unit = float((2 * ((whiten @ inside @ whiten.T) ** 2).sum()) ** 0.5)
+        L = np.linalg.cholesky(self.covariance)
+        whiten: Matrix = lapack.dtrtri(L, lower=1)[0]
+        solved = cho_solve((L, True), inside)  # W^-1 S / f
+        self._unit = float((2 * (solved * solved.T).sum()) ** 0.5)
         whiten /= self._unit**0.5
         self._means = np.zeros((len(library), library.dim), np.float32)
         self._means[self._known] = ((means - self.middle) @ whiten.T)[: self._known.sum()]

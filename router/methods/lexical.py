@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -14,7 +14,7 @@ from router.features import BUCKETS, FAMILIES, WIDTH, Weights, grams
 from router.library import Library
 from router.method import MethodSettings, Query, Scores
 from router.mixture import Mixing, MixtureSettings
-from router.taxonomy import Reference, Taxonomy
+from router.taxonomy import FROM_SAMPLES, Reference, Taxonomy
 from router.text import BUDGET, shorten
 
 SLOPE = 0.6  # of the cosine that an expert's own prompts are expected to have, what the threshold asks for
@@ -55,16 +55,8 @@ class Lexical(Mixing):
     expert with many samples does not make its own words common. Nothing grows with the number of samples.
     """
 
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="expert",
-        input="example",
-        depth="model",
-        selection="sparse",
-        aggregation="none",
-        generalization="in-distribution",
-        user_data="zero-shot",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        FROM_SAMPLES,
         reference=Reference(
             title="TF-IDF (Salton and Buckley 1988)", url="https://doi.org/10.1016/0306-4573(88)90021-0"
         ),

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import numpy as np
 
 from router.library import Library
 from router.method import Method, MethodSettings, Query, Scores
-from router.taxonomy import Taxonomy
+from router.taxonomy import FROM_SAMPLES, Taxonomy
 
 
 class Random(Method):
     """The score is a hash of prompt and name, uniform in [0, 1): the same in every process, and an
     expert's score does not depend on which others there are."""
 
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        FROM_SAMPLES,
         routing_data="none",
-        input="example",
-        depth="model",
-        selection="sparse",
-        aggregation="none",
-        generalization="in-distribution",
-        user_data="zero-shot",
     )
     encodes = False
 

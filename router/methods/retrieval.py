@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import numpy as np
@@ -12,7 +13,7 @@ from router.index import PrototypeIndex
 from router.library import Library, sentence
 from router.method import MethodSettings, Query, Scores
 from router.mixture import Mixing, MixtureSettings
-from router.taxonomy import Reference, Taxonomy
+from router.taxonomy import FROM_SAMPLES, Reference, Taxonomy
 
 Scoring = Literal["centroid", "best", "vote"]
 
@@ -53,16 +54,8 @@ class Retrieval(Mixing):
     vote      s_k = 1/m sum of q . e_kj over those e_kj among the m samples nearest to q
     """
 
-    taxonomy: ClassVar[Taxonomy] = Taxonomy(
-        expert_training="standard",
-        expert_data="private",
-        routing_data="expert",
-        input="example",
-        depth="model",
-        selection="sparse",
-        aggregation="none",
-        generalization="in-distribution",
-        user_data="zero-shot",
+    taxonomy: ClassVar[Taxonomy] = replace(
+        FROM_SAMPLES,
         reference=Reference(title="LoraRetriever (Zhao et al. 2024)", url="https://arxiv.org/abs/2402.09997"),
     )
     Settings: ClassVar[type[MethodSettings]] = RetrievalSettings

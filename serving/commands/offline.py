@@ -55,14 +55,9 @@ def workplace(config: Path | None, manifest: Path | None, data_dir: Path | None)
     try:
         settings = load_settings(config, {"manifest": manifest, "registry": {"data_dir": data_dir}})
         plan = run.make_plan(settings)
-        from adapters_registry.base import BaseSpec
         from adapters_registry.registry import Registry
 
-        base, url = plan.base, plan.settings.registry.database_url
-        spec = BaseSpec.from_pretrained(
-            base.path, name=base.served_name, revision=base.revision, aliases=frozenset(base.aliases)
-        )
-        with Registry.open(plan.data_dir, url=url.get_secret_value() if url else None, base=spec) as registry:
+        with Registry.open(plan.data_dir, url=plan.database_url, base=plan.spec()) as registry:
             yield Workplace(registry, plan)
     except (ConfigError, RegistryError) as error:
         fail(str(error))

@@ -10,16 +10,10 @@ import torch
 
 from eval.arena import DATA, Arena, Prompt, load, only
 from eval.twin import Composite
+from tests.eval.conftest import NAMES, PROMPTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ("roman", "uppercase", "vowels")  # of different ranks and modules
-PROMPTS = [
-    Prompt("Write 14 in Roman numerals", "XIV", ("roman",)),
-    Prompt("Write otter in capital letters", "OTTER", ("uppercase",)),
-    Prompt("Which vowels are in tiger?", "ie", ("vowels",)),
-    Prompt("Which vowels are in tiger? Then in capital letters.", "IE", ("vowels", "uppercase")),
-]
 SIMILARITY = np.array([[0.9, 0.2, 0.1], [0.1, 0.8, 0.3], [0.2, 0.1, 0.7], [0.0, 0.5, 0.6]])
 
 

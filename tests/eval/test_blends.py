@@ -12,22 +12,16 @@ import torch
 
 from eval import blended as module
 from eval import blends
-from eval.arena import DATA, Arena, Prompt
+from eval.arena import DATA, Arena
 from eval.blended import Blended, Recipe
 from eval.blends import COMPOSED, ROWS, Row, columns, in_turn, measure, nearest, prepared, retrieved, share
 from eval.testbed.manifest import read_jsonl
 from eval.twin import read_deltas
 from router.blending import OPERATORS, SEARCHES
+from tests.eval.conftest import NAMES, PROMPTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ("roman", "uppercase", "vowels")  # of different ranks and modules
-PROMPTS = [
-    Prompt("Write 14 in Roman numerals", "XIV", ("roman",)),
-    Prompt("Write otter in capital letters", "OTTER", ("uppercase",)),
-    Prompt("Which vowels are in tiger?", "ie", ("vowels",)),
-    Prompt("Which vowels are in tiger? Then in capital letters.", "IE", ("vowels", "uppercase")),
-]
 SIMILARITY = np.array([[0.9, 0.2, 0.1], [0.1, 0.8, 0.3], [0.2, 0.8, 0.7], [0.0, 0.5, 0.6]])
 ALIKE = np.array([[0.5, 0.1, 0.4], [0.2, 0.6, 0.3], [0.7, 0.1, 0.6]])
 

@@ -11,20 +11,13 @@ import pytest
 import torch
 
 from eval import gates
-from eval.arena import DATA, Arena, Prompt
+from eval.arena import DATA, Arena
 from eval.gates import ROWS, Row, measure, prepare
 from router.gate_training import Schedule
+from tests.eval.conftest import NAMES, PROMPTS, SAMPLES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ("roman", "uppercase", "vowels")
-PROMPTS = [
-    Prompt("Write 14 in Roman numerals", "XIV", ("roman",)),
-    Prompt("Write otter in capital letters", "OTTER", ("uppercase",)),
-    Prompt("Which vowels are in tiger?", "ie", ("vowels",)),
-    Prompt("Which vowels are in tiger? Then in capital letters.", "IE", ("vowels", "uppercase")),
-]
-SAMPLES = [("roman", "Roman for 9?"), ("uppercase", "Shout heron"), ("vowels", "Vowels of zebra")]
 SIMILARITY = np.array([[0.9, 0.2, 0.1], [0.1, 0.8, 0.3], [0.2, 0.8, 0.7], [0.0, 0.5, 0.6]])  # the third is wrong
 
 

@@ -11,20 +11,13 @@ import pytest
 import torch
 
 from eval import probing
-from eval.arena import DATA, Arena, Prompt
+from eval.arena import DATA, Arena
 from eval.calibration import calibrate
 from eval.probing import PLAIN, WAYS, Readings
 from eval.testbed.manifest import read_jsonl
+from tests.eval.conftest import NAMES, PROMPTS, SAMPLES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-NAMES = ("roman", "uppercase", "vowels")  # of different ranks and modules
-PROMPTS = [
-    Prompt("Write 14 in Roman numerals", "XIV", ("roman",)),
-    Prompt("Write otter in capital letters", "OTTER", ("uppercase",)),
-    Prompt("Which vowels are in tiger?", "ie", ("vowels",)),
-]
-SAMPLES = [("roman", "Roman for 9?"), ("uppercase", "Shout heron"), ("vowels", "Vowels of zebra")]
 
 
 @pytest.fixture
@@ -35,7 +28,7 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> Readings:
     monkeypatch.setattr(probing, "read_jsonl", few)
     monkeypatch.setattr(probing, "LINES", 3)
     folders = {name: DATA / "experts" / name for name in NAMES}
-    return Readings(Arena(DATA, NAMES, PROMPTS, SAMPLES, folders, np.eye(3)))
+    return Readings(Arena(DATA, NAMES, PROMPTS[:3], SAMPLES, folders, np.eye(3)))
 
 
 def test_evidence_is_the_probes(readings: Readings) -> None:

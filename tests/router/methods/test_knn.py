@@ -1,37 +1,20 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters_registry.expert import Expert
 from router.encoder import Vectors
-from router.library import Library, build
 from router.method import Query, Scores, decide
 from router.methods.knn import KNN, KNNSettings
 from router.methods.retrieval import Retrieval, RetrievalSettings
-
-MakeExpert = Callable[..., Expert]
-DIM = 6
+from tests.router.methods.conftest import DIM, MakeExpert, ask, library_of, unit
 
 
-def unit(rng: np.random.Generator, n: int) -> Vectors:
-    rows = rng.standard_normal((n, DIM))
-    scaled: Vectors = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    return scaled
-
-
-def library_of(make_expert: MakeExpert, prototypes: dict[str, Vectors]) -> Library:
-    experts = [make_expert(name, "a sample") for name in prototypes]
-    stored = {expert.id: prototypes[expert.name] for expert in experts}
-    return build(experts, lambda texts: np.zeros((0, DIM), np.float32), DIM, stored=stored)
-
-
-def ask(library: Library, vector: Vectors) -> Query:
-    return Query("text", vector, np.ones(len(library), bool))
+def around(rng: np.random.Generator, n: int) -> Vectors:
+    """Directions anywhere."""
+    return unit(rng.standard_normal((n, DIM)))
 
 
 def by_loop(groups: list[Vectors], q: Vectors, K: int, b: float) -> Scores:
@@ -50,9 +33,9 @@ def by_loop(groups: list[Vectors], q: Vectors, K: int, b: float) -> Scores:
 )
 def test_scores_are_the_formula_s(make_expert: MakeExpert, sizes: list[int], K: int, b: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    groups = {f"e{k}": unit(rng, n) for k, n in enumerate(sizes)}
+    groups = {f"e{k}": around(rng, n) for k, n in enumerate(sizes)}
     library = library_of(make_expert, groups)
-    q = unit(rng, 1)[0]
+    q = around(rng, 1)[0]
     method = KNN.fit(library, KNNSettings(neighbours=K, bandwidth=b))
     np.testing.assert_allclose(method.score(ask(library, q)), by_loop(list(groups.values()), q, K, b), atol=1e-5)
 
@@ -69,10 +52,10 @@ def test_of_many_farther_and_few_nearer_votes_the_bandwidth_decides(make_expert:
 
 def test_with_one_neighbour_it_is_the_nearest_sample(make_expert: MakeExpert) -> None:
     rng = np.random.default_rng(0)
-    library = library_of(make_expert, {"a": unit(rng, 8), "b": unit(rng, 8)})
+    library = library_of(make_expert, {"a": around(rng, 8), "b": around(rng, 8)})
     nearest = Retrieval.fit(library, RetrievalSettings(scoring="best", threshold=-1))
     one = KNN.fit(library, KNNSettings(neighbours=1, threshold=-1))
-    for q in unit(rng, 10):
+    for q in around(rng, 10):
         mine, theirs = one.score(ask(library, q)), nearest.score(ask(library, q))
         assert int(mine.argmax()) == int(theirs.argmax())
         assert mine.max() == pytest.approx(theirs.max(), abs=1e-5)
@@ -80,9 +63,9 @@ def test_with_one_neighbour_it_is_the_nearest_sample(make_expert: MakeExpert) ->
 
 def test_samples_of_experts_that_may_not_answer_do_not_vote(make_expert: MakeExpert) -> None:
     rng = np.random.default_rng(1)
-    groups = {"a": unit(rng, 8), "b": unit(rng, 8)}
+    groups = {"a": around(rng, 8), "b": around(rng, 8)}
     library = library_of(make_expert, groups)
-    q = unit(rng, 1)[0]
+    q = around(rng, 1)[0]
     settings_ = KNNSettings(neighbours=4)
     alone = KNN.fit(library_of(make_expert, {"b": groups["b"]}), settings_).score(Query("", q, np.ones(1, bool)))
     masked = KNN.fit(library, settings_).score(Query("", q, np.array([False, True])))
@@ -93,4 +76,4 @@ def test_samples_of_experts_that_may_not_answer_do_not_vote(make_expert: MakeExp
 def test_a_library_without_experts_is_fine(make_expert: MakeExpert) -> None:
     library = library_of(make_expert, {})
     method = KNN.fit(library, KNNSettings())
-    assert decide("x", method, library, ask(library, unit(np.random.default_rng(0), 1)[0])).kind == "base"
+    assert decide("x", method, library, ask(library, around(np.random.default_rng(0), 1)[0])).kind == "base"

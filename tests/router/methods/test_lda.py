@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -8,40 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from adapters_registry.expert import Expert
 from router.encoder import Vectors
-from router.library import Library, build
 from router.method import Query, decide
 from router.methods.lda import BACKGROUND, LDA, LDASettings
 from router.methods.lexical import Lexical, LexicalSettings
-
-MakeExpert = Callable[..., Expert]
-DIM = 5
-
-
-def unit(rows: Vectors) -> Vectors:
-    scaled: Vectors = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    return scaled
-
-
-def groups_of(sizes: Sequence[int], seed: int = 0) -> dict[str, Vectors]:
-    """Experts whose samples lie around a direction of their own, farther along the last axis than along the others."""
-    rng = np.random.default_rng(seed)
-    spread = np.array([0.1, 0.1, 0.2, 0.2, 0.9])
-    return {
-        f"e{k}": unit(rng.standard_normal(DIM) * 2 + rng.standard_normal((n, DIM)) * spread)
-        for k, n in enumerate(sizes)
-    }
-
-
-def library_of(make_expert: MakeExpert, groups: dict[str, Vectors]) -> Library:
-    experts = [make_expert(name, "a sample") for name in groups]
-    stored = {expert.id: groups[expert.name] for expert in experts}
-    return build(experts, lambda texts: np.zeros((0, DIM), np.float32), DIM, stored=stored)
-
-
-def ask(library: Library, vector: Vectors) -> Query:
-    return Query("text", vector, np.ones(len(library), bool))
+from tests.router.methods.conftest import DIM, MakeExpert, ask, groups_of, library_of, unit
 
 
 def by_formula(groups: Sequence[Vectors], q: Vectors, shrinkage: float | None) -> Vectors:

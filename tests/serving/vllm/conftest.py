@@ -15,7 +15,6 @@ import openai
 import psutil
 import pytest
 
-from router.methods import SERVED
 from serving.bench import served
 
 TESTBED = Path(__file__).parents[3] / "eval" / "testbed" / "data"
@@ -26,9 +25,23 @@ VLLM = {
     "tool_call_parser": "hermes",
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
-#: What is served by default, and a method whose best three experts answer together.
-METHODS: dict[str, Any] = {**{name: {} for name in SERVED}, "centroids": {"top_k": 3, "spread": 1.0, "threshold": -1}}
+#: Beside what is served anyway, a method whose best three experts answer together.
+METHODS = {"centroids": {"top_k": 3, "spread": 1.0, "threshold": -1}}
 OPTIONS = ("--slots", str(SLOTS), "--max-rank", "64")  # four experts of rank 16 in one composite
+
+PROMPT = "Spell banana backwards"
+MESSAGES = [{"role": "user", "content": PROMPT}]
+
+
+def chat(server: Any, model: str = "auto", status: int = 200, **more: Any) -> Any:
+    body = {"model": model, "messages": MESSAGES, "temperature": 0, "max_tokens": 40, **more}
+    response = server.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == status, response.text
+    return response
+
+
+def said(response: Any) -> str:
+    return str(response.json()["choices"][0]["message"]["content"]).strip()
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -9,21 +9,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.serving.vllm.conftest import MESSAGES, PROMPT, chat, said
+
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-
-PROMPT = "Spell banana backwards"
-MESSAGES = [{"role": "user", "content": PROMPT}]
-
-
-def chat(server: Any, model: str = "auto", status: int = 200, **more: Any) -> Any:
-    body = {"model": model, "messages": MESSAGES, "temperature": 0, "max_tokens": 40, **more}
-    response = server.http.post("/v1/chat/completions", json=body)
-    assert response.status_code == status, response.text
-    return response
-
-
-def said(response: Any) -> str:
-    return str(response.json()["choices"][0]["message"]["content"]).strip()
 
 
 def experts_of(response: Any) -> dict[str, float]:

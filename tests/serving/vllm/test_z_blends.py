@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.serving.vllm.conftest import MESSAGES, chat, said
+
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 #: Nats by which two tokens may differ that rounding may exchange.
 TIE = 1e-3
-PROMPT = "Spell banana backwards"
-MESSAGES = [{"role": "user", "content": PROMPT}]
 
 WEIGHTS = (
     {"reverse": 0.7, "uppercase": 0.3},
@@ -60,17 +60,6 @@ MODELS: list[dict[str, Any]] = [
     *({"model": "auto", "moerge": each} for each in (*BLENDS, *COMPOSITES)),
     *({"model": each} for each in PLAIN),
 ]
-
-
-def chat(server: Any, model: str = "auto", status: int = 200, **more: Any) -> Any:
-    body = {"model": model, "messages": MESSAGES, "temperature": 0, "max_tokens": 40, **more}
-    response = server.http.post("/v1/chat/completions", json=body)
-    assert response.status_code == status, response.text
-    return response
-
-
-def said(response: Any) -> str:
-    return str(response.json()["choices"][0]["message"]["content"]).strip()
 
 
 def metric(server: Any, name: str) -> float:

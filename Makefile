@@ -57,7 +57,7 @@ docs: install
 
 # Needs uv (pip install uv). Writes the two locks anew.
 lock:
-	uv pip compile pyproject.toml --extra cpu --extra postgres --override requirements/overrides.txt \
+	uv pip compile pyproject.toml --extra cpu --extra postgres --extra eval --override requirements/overrides.txt \
 	  --python-version 3.11 --no-annotate --no-header --output-file requirements/cpu.lock
 	uv pip compile requirements/dev.in --constraints requirements/cpu.lock --python-version 3.11 \
 	  --no-annotate --no-header | grep -vxFf requirements/cpu.lock > requirements/dev.lock

@@ -29,7 +29,7 @@ from router.blending import OPERATORS
 from router.mixture import MixtureSettings, mixture_weights
 
 #: LoRAuter's temperature, on a grid on which prompts share blends.
-WEIGHTS = MixtureSettings(top_k=4, spread=0.2, grid=0.1)
+WEIGHTS, SPREAD = MixtureSettings(top_k=4, grid=0.1), 0.2
 COMPOSED, WEIGHED = "compositions", "4 nearest, retrieval's weights"
 
 
@@ -146,7 +146,7 @@ def at_random(arena: Arena, name: str, size: int) -> Set:
 def retrieved(arena: Arena, prompt: int, members: Set) -> Recipe:
     """The weights that retrieval gives these members for this prompt; who is left without any is no member."""
     places = [arena.names.index(name) for name in members]
-    weights = mixture_weights(arena.similarity[prompt, places], WEIGHTS).tolist()
+    weights = mixture_weights(arena.similarity[prompt, places], WEIGHTS, SPREAD).tolist()
     kept = {name: weight for name, weight in zip(members, weights, strict=True) if weight > 0}
     return Recipe(tuple(kept), tuple(kept.values()))
 

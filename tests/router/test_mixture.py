@@ -15,8 +15,8 @@ from router.decision import Decision
 from router.library import Library, build
 from router.method import Query, calibrated, decide
 from router.methods import METHODS
-from router.methods.retrieval import Retrieval, RetrievalSettings
-from router.mixture import MixtureSettings, mixture_weights, on_grid
+from router.methods.retrieval import TEMPERATURES, Retrieval, RetrievalSettings
+from router.mixture import SPREAD, MixtureSettings, mixture_weights, on_grid
 
 shares = st.lists(st.floats(0.001, 1), min_size=1, max_size=12).map(lambda w: np.array(w) / sum(w))
 
@@ -33,17 +33,24 @@ def test_softmax_weights_are_lorauters() -> None:
     settings = MixtureSettings(top_k=3, grid=0.01)
     scores = np.array([0.9, 0.7, 0.5])
     expected = np.exp(scores / 0.2) / np.exp(scores / 0.2).sum()
-    np.testing.assert_allclose(mixture_weights(scores, settings), expected, atol=0.01)
+    np.testing.assert_allclose(mixture_weights(scores, settings, 0.2), expected, atol=0.01)
+    assert SPREAD * TEMPERATURES["centroid"] == pytest.approx(0.2)
+
+
+def test_weights_do_not_depend_on_the_units_of_the_scores() -> None:
+    scores, settings = np.array([0.9, 0.7, 0.5]), MixtureSettings(top_k=3)
+    weights = mixture_weights(scores, settings, SPREAD * 0.04)
+    np.testing.assert_array_equal(mixture_weights(25 * scores, settings, SPREAD * 1.0), weights)
 
 
 def test_uniform_weights_stay_exactly_equal() -> None:
     np.testing.assert_array_equal(
-        mixture_weights(np.array([0.9, 0.1, 0.0]), MixtureSettings(top_k=3, weights="uniform")), np.full(3, 1 / 3)
+        mixture_weights(np.array([0.9, 0.1, 0.0]), MixtureSettings(top_k=3, weights="uniform"), 0.2), np.full(3, 1 / 3)
     )
 
 
 def test_the_best_expert_is_never_rounded_away() -> None:
-    assert mixture_weights(np.zeros(64), MixtureSettings(top_k=64, grid=0.5))[0] > 0
+    assert mixture_weights(np.zeros(64), MixtureSettings(top_k=64, grid=0.5), 0.2)[0] > 0
 
 
 def test_an_unknown_operator_is_refused_when_it_would_be_used() -> None:

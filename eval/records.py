@@ -1,6 +1,7 @@
 """What a run leaves behind: `run.json` says what was run, `samples.jsonl` what came of every prompt under every router.
 
-Tables, reports and comparisons are made of these two alone, so that a new slice needs no new run.
+Tables, reports and comparisons are made of these two alone, so that a new slice needs no new run. `examples.jsonl`, the
+prompts themselves and what is right, is for readers of a report; it may be absent.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from eval.asking import Frozen
+from eval.examples import Example
 
+Row = TypeVar("Row", bound=Frozen)
 Regime = Literal["in-distribution", "semi-ood", "ood"]
 REGIMES: tuple[Regime, ...] = ("in-distribution", "semi-ood", "ood")
 
-RUN, SAMPLES = "run.json", "samples.jsonl"
+RUN, SAMPLES, EXAMPLES = "run.json", "samples.jsonl", "examples.jsonl"
 
 #: Rows that every run has, whatever its routers, in the order of tables.
 REFERENCES = {
@@ -127,13 +130,14 @@ class NotARun(Exception):
     """A folder that does not hold what a run leaves behind, or not in a form that can be read."""
 
 
-def write_run(folder: Path, run: Run, records: Iterable[Record]) -> None:
+def write_run(folder: Path, run: Run, records: Iterable[Record], examples: Iterable[Example] = ()) -> None:
     """The samples first, so that a folder with `run.json` has all of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{SAMPLES}.part"
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(record.model_dump_json() + "\n" for record in records)
-    part.replace(folder / SAMPLES)
+    for name, rows in ((EXAMPLES, examples), (SAMPLES, records)):
+        part = folder / f"{name}.part"
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(row.model_dump_json() + "\n" for row in rows)
+        part.replace(folder / name)
     part = folder / f"{RUN}.part"
     part.write_text(json.dumps(run.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(folder / RUN)
@@ -151,12 +155,21 @@ def read_run(folder: Path) -> Run:
 
 def read_records(folder: Path) -> Iterator[Record]:
     """Raises NotARun, with the line."""
-    path = folder / SAMPLES
+    return _rows(folder / SAMPLES, Record)
+
+
+def read_examples(folder: Path) -> Iterator[Example]:
+    """None where the prompts were not kept. Raises NotARun, with the line."""
+    path = folder / EXAMPLES
+    return _rows(path, Example) if path.exists() else iter(())
+
+
+def _rows(path: Path, kind: type[Row]) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    yield Record.model_validate_json(line)
+                    yield kind.model_validate_json(line)
                 except ValueError as error:
                     raise NotARun(f"{path}:{number}: {error}") from error
     except OSError as error:

@@ -16,13 +16,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
 from adapters_registry.errors import ManifestError
 from adapters_registry.expert import Frozen, Sample, Visibility
+from adapters_registry.lines import Unreadable, Where, YamlFile
 from adapters_registry.proposal import FolderSource, HubSource, Proposal, Source
 from adapters_registry.validate import name_reasons
 
@@ -87,18 +87,22 @@ class _File(Frozen):
 def read_manifest(path: Path) -> Manifest:
     """Parse and check a manifest; raises ManifestError with every problem, each as `file:line: field: what`."""
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise ManifestError([f"{path}: cannot be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise ManifestError([f"{path}: is not UTF-8: {error}"]) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ManifestError([f"{path}{line}: not YAML: {getattr(error, 'problem', error)}"]) from error
-    return _Reader(path, root).read(content)
+        file = YamlFile(path)
+    except Unreadable as error:
+        raise ManifestError([str(error)]) from error
+    manifest = parse_manifest(file)
+    if manifest is None or file.problems:
+        raise ManifestError(file.problems)
+    return manifest
+
+
+def parse_manifest(file: YamlFile, at: Where = ()) -> Manifest | None:
+    """The manifest that a file is, or has in a field; None, and more problems in the file, where it is none."""
+    content, before = file.content, len(file.problems)
+    for part in at:
+        content = content[part]
+    manifest = _Reader(file, at).read(content)
+    return manifest if len(file.problems) == before else None
 
 
 def parse_source(text: str, relative_to: Path) -> Source:
@@ -114,21 +118,19 @@ def parse_source(text: str, relative_to: Path) -> Source:
 class _Reader:
     """Turns the file's content into proposals, collecting problems with the lines they are on."""
 
-    def __init__(self, path: Path, root: yaml.Node | None) -> None:
-        self._path = path
-        self._folder = path.absolute().parent
-        self._root = root
-        self._problems: list[str] = []
+    def __init__(self, file: YamlFile, at: Where) -> None:
+        self._file = file
+        self._at = at
+        self._folder = file.folder
+        self._problems = file.problems
 
-    def read(self, content: object) -> Manifest:
-        if self._root is not None:
-            self._refuse_repeated_keys(self._root, ())
+    def read(self, content: object) -> Manifest | None:
         try:
             file = _File.model_validate(content)
         except ValidationError as error:
             for each in error.errors():
                 self._problem(each["loc"], each["msg"])
-            raise ManifestError(self._problems) from error
+            return None
         base = self._base(file.base_model)
         proposals: dict[str, Proposal] = {}
         for index, expert in enumerate(file.experts):
@@ -136,8 +138,6 @@ class _Reader:
                 self._problem(("experts", index, "name"), f"there are two experts called '{expert.name}'")
             elif (proposal := self._proposal(index, expert, file.defaults)) is not None:
                 proposals[expert.name] = proposal
-        if self._problems:
-            raise ManifestError(self._problems)
         return Manifest(base, tuple(proposals.values()))
 
     def _base(self, base: _Base) -> BaseRef:
@@ -187,7 +187,7 @@ class _Reader:
                 self._problem((*where, *each["loc"]), each["msg"])
             return None
 
-    def _samples(self, samples: str | tuple[str | Sample, ...], where: tuple[int | str, ...]) -> tuple[Sample, ...]:
+    def _samples(self, samples: str | tuple[str | Sample, ...], where: Where) -> tuple[Sample, ...]:
         if not isinstance(samples, str):
             found = []
             for index, sample in enumerate(samples):
@@ -215,36 +215,5 @@ class _Reader:
                     self._problems.append(f"{file}:{number}: not JSON: {error}")
         return tuple(found)
 
-    def _problem(self, where: tuple[int | str, ...], message: str) -> None:
-        field = ".".join(str(part) for part in where)
-        self._problems.append(f"{self._path}:{self._line(where)}: {field or 'manifest'}: {message}")
-
-    def _line(self, where: tuple[int | str, ...]) -> int:
-        """The line of a field, or of the nearest thing around it that is in the file."""
-        node, line = self._root, 1
-        for part in where:
-            if isinstance(node, yaml.MappingNode):
-                pairs = [(key, value) for key, value in node.value if key.value == str(part)]
-                if not pairs:
-                    break
-                line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
-            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-                node = node.value[part]
-                line = node.start_mark.line + 1
-            else:
-                break
-        return line
-
-    def _refuse_repeated_keys(self, node: yaml.Node, where: tuple[int | str, ...]) -> None:
-        """YAML keeps the last of two equal keys and drops the other without a word."""
-        if isinstance(node, yaml.SequenceNode):
-            for index, child in enumerate(node.value):
-                self._refuse_repeated_keys(child, (*where, index))
-        elif isinstance(node, yaml.MappingNode):
-            seen: set[Any] = set()
-            for key, child in node.value:
-                if key.value in seen:
-                    field = ".".join(str(part) for part in (*where, key.value))
-                    self._problems.append(f"{self._path}:{key.start_mark.line + 1}: {field}: given twice")
-                seen.add(key.value)
-                self._refuse_repeated_keys(child, (*where, key.value))
+    def _problem(self, where: Where, message: str) -> None:
+        self._file.problem((*self._at, *where), message, otherwise="manifest")

@@ -1,4 +1,4 @@
-"""The tables. A name points to immutable versions; prototypes and tensors hang on a version; blends name versions."""
+"""The tables. A name points to immutable versions; prototypes, tensors and checks hang on one; blends name versions."""
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ class VersionRow(Table):
     prototypes: Mapped[list[PrototypeRow]] = relationship(cascade="all, delete-orphan")
     # Megabytes: the database deletes them with their version, nothing loads them for that.
     tensors: Mapped[list[TensorsRow]] = relationship(cascade="all, delete-orphan", passive_deletes=True)
+    measured: Mapped[list[CheckRow]] = relationship(cascade="all, delete-orphan", passive_deletes=True)
 
 
 class PrototypeRow(Table):
@@ -117,6 +118,16 @@ class TensorsRow(Table):
     version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)
     data: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class CheckRow(Table):
+    """What was measured of a version after it was registered, or a report on it, under a key: JSON."""
+
+    __tablename__ = "checks"
+
+    version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    data: Mapped[dict[str, Any]]
 
 
 class BlendRow(Table):

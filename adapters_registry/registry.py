@@ -38,6 +38,7 @@ from adapters_registry.feedback import Decisions
 from adapters_registry.hub import Hub
 from adapters_registry.keys import ApiKeys
 from adapters_registry.lora import CARD
+from adapters_registry.measured import Measured
 from adapters_registry.models import EventRow, ExpertRow, GenerationRow, PrototypeRow, TensorsRow, VersionRow
 from adapters_registry.proposal import Details, Proposal
 from adapters_registry.sources import Progress, fetch
@@ -110,6 +111,7 @@ class Registry:
         self.keys = ApiKeys(engine, data_dir)
         self.decisions = Decisions(engine, data_dir)
         self.blends = Blends(self._changes, self._reserved)
+        self.measured = Measured(self._changes)
 
     @classmethod
     def open(
@@ -290,9 +292,18 @@ class Registry:
 
     # Changing
 
-    def promote(self, name: str, version: int, *, tenant: str | None = None, force: bool = False) -> Expert:
+    def promote(
+        self,
+        name: str,
+        version: int,
+        *,
+        tenant: str | None = None,
+        force: bool = False,
+        against: Sequence[str] = (),
+    ) -> Expert:
         """Make a staged or retired version the active one; with `force` also a quarantined one.
 
+        `against` is what was known to speak against it, for the event.
         Raises ExpertNotFound, VersionNotFound, NotOwner, InvalidTransition.
         """
         with self._changes.change(tenant) as change:
@@ -304,7 +315,8 @@ class Registry:
                 )
             if row.state != State.ACTIVE:
                 change.enter(row, State.ACTIVE)
-                change.record("promote", name, row.number)
+                told = {"forced": force, "against": list(against)} if force or against else {}
+                change.record("promote", name, row.number, **told)
             return self._expert(row)
 
     def rollback(self, name: str, *, tenant: str | None = None) -> Expert:

@@ -9,6 +9,7 @@ class Example(Frozen):
     """id         unique in a suite: `task/row`
     owners     the experts that it was made for: one, several in turn (a composition), or none (out of domain)
     answers    right ones, any of them will do
+    extract    regular expression: of an answer only its last match counts, of its groups the first that is not empty
     choices    continuations to choose among by log-likelihood, and `gold` the position of the right one
     tests      program text that fails unless the answer, put before it, is right (`pass@k`)
     metric     a name in `eval.scoring.METRICS`; "none": there is nothing to be right about
@@ -20,6 +21,7 @@ class Example(Frozen):
     owners: tuple[str, ...] = ()
     prompt: Prompt
     answers: tuple[str, ...] = ()
+    extract: str = ""
     choices: tuple[str, ...] = ()
     gold: int | None = None
     tests: str = ""

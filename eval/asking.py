@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from eval.recipe import Recipe
+from router.text import BUDGET, routing_text
 
 
 class Frozen(BaseModel):
@@ -23,10 +24,16 @@ class Prompt(Frozen):
     system: str = ""
     form: Literal["chat", "completion"] = "chat"
 
-    @property
-    def routing_text(self) -> str:
-        """What a router reads of it, before it is cut to the budget."""
-        return f"{self.system}\n{self.text}".strip()
+    def body(self) -> dict[str, Any]:
+        """What a request has instead of a question: `messages` or `prompt`."""
+        if self.form == "completion":
+            return {"prompt": self.text}
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return {"messages": [*system, {"role": "user", "content": self.text}]}
+
+    def routing_text(self, budget: int = BUDGET) -> str:
+        """What a server's router reads of it, in so many characters."""
+        return routing_text(self.body(), budget)
 
 
 class Ask(Frozen):

@@ -30,11 +30,6 @@ def weight_similarity(adapters: Sequence[Adapter]) -> Similarity:
     return _cosines(total.numpy())
 
 
-def cosine(one: Adapter, other: Adapter) -> float:
-    """The cosine of two experts' dW: 1 for the same adapter, however it is scaled or factored."""
-    return float(weight_similarity([one, other])[0, 1])
-
-
 def prototype_similarity(prototypes: Sequence[NDArray[np.float32]]) -> Similarity:
     """(n, n) cosines of the mean prototypes; every expert has a matrix (rows, d)."""
     centroids = np.stack([np.asarray(each, np.float64).mean(0) for each in prototypes])  # (n, d)

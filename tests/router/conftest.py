@@ -9,11 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from adapters_registry.expert import Expert, Sample, State
 from router.encoder import SentenceTransformerEncoder, Vectors
+from tests.conftest import LLAMA
 
 MakeExpert = Callable[..., Expert]
+Deltas = dict[str, Tensor]
+
+
+def deltas(folder: Path) -> Deltas:
+    """dW of every module of an adapter for the tiny model, as PEFT forms it."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import LlamaForCausalLM
+
+    model = PeftModel.from_pretrained(LlamaForCausalLM(LLAMA), str(folder))
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    return {name: layer.get_delta_weight("default").double() for name, layer in layers.items()}
 
 
 class WordsEncoder:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.adapter import Adapter
-from router.groups import cluster, cosine, prototype_similarity, weight_similarity
+from router.groups import cluster, prototype_similarity, weight_similarity
+from router.similarity import cosine
 
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 quick = settings(max_examples=50, deadline=None, derandomize=True)

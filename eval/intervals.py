@@ -8,7 +8,7 @@ than `FEW` groups there is too little to draw from, and each prompt counts as it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -105,3 +105,76 @@ def _resampled(statistic: Statistic, populations: Sequence[Groups], resamples: i
         rng=np.random.default_rng(seed),
     ).bootstrap_distribution
     return distribution
+
+
+FLIPS = 10_000
+CHUNK = 4_000_000  # numbers of a matrix of draws that are held at once
+
+
+class Draws:
+    """The same bootstrap for many systems at once: how often each unit is drawn, (resamples, U) counts.
+
+    Units are tasks. With fewer than `FEW` of them they are prompts, drawn anew within each task, whose tasks all stay:
+    the interval is about other prompts of these tasks, then.
+
+    of  (E,) the unit of each prompt; `tasks` (E,) its task, numbered from 0 without gaps
+    """
+
+    def __init__(self, tasks: Sequence[Hashable], *, resamples: int = RESAMPLES, seed: int = 0) -> None:
+        kinds = {label: number for number, label in enumerate(dict.fromkeys(tasks))}
+        self.tasks: Rows = np.array([kinds[label] for label in tasks], np.int64)
+        self.count = len(kinds)
+        self.by_task = self.count >= FEW
+        self.of: Rows = self.tasks if self.by_task else np.arange(len(tasks))
+        self.units = self.count if self.by_task else len(tasks)
+        self._resamples, self._seed = resamples, seed
+
+    def members(self, task: int) -> Rows:
+        return np.flatnonzero(self.tasks == task)
+
+    def __iter__(self) -> Iterator[Floats]:
+        """Counts (r, U), in chunks of rows that together are all resamples; the same every time."""
+        rng = np.random.default_rng(self._seed)
+        pools = [np.arange(self.units)] if self.by_task else [self.members(task) for task in range(self.count)]
+        step = max(1, min(self._resamples, CHUNK // max(self.units, 1)))
+        for start in range(0, self._resamples, step):
+            rows = min(step, self._resamples - start)
+            counts = np.zeros((rows, self.units))
+            for pool in pools:
+                drawn = rng.integers(0, len(pool), (rows, len(pool)))
+                drawn += np.arange(rows)[:, None] * len(pool)
+                counts[:, pool] = np.bincount(drawn.ravel(), minlength=rows * len(pool)).reshape(rows, -1)
+            yield counts
+
+
+def interval(distribution: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
+    """(S,) ends of the percentile intervals of (resamples, S); resamples that say nothing (NaN) are left out."""
+    ends = [50 - 50 * level, 50 + 50 * level]
+    percentile = np.nanpercentile if np.isnan(distribution).any() else np.percentile
+    silent = np.isnan(distribution).all(axis=0)
+    low, high = percentile(np.where(silent, 0.0, distribution), ends, axis=0)
+    return np.where(silent, np.nan, low), np.where(silent, np.nan, high)
+
+
+def flipped(gained: Floats, *, flips: int = FLIPS, seed: int = 0) -> Floats:
+    """(S,) p-values of sums over units of (U, S): by chance, would one be as far from 0?
+
+    If two systems do equally well, their scores on a unit could change places, which flips the sign of what one gains
+    on it: a paired permutation test. It is right for any number of units (all 2^U signs, if they fit into `flips`,
+    else drawn ones), where a p-value from the bootstrap is too small for few units.
+    """
+    U = len(gained)
+    rng = np.random.default_rng(seed)
+    total = np.abs(gained.sum(axis=0))
+    slack = 1e-9 * np.abs(gained).sum(axis=0)  # sums in another order
+    if flips >= 2**U:
+        signs = 1.0 - 2 * ((np.arange(2**U)[:, None] >> np.arange(U)) & 1)
+        share: Floats = (np.abs(signs @ gained) >= total - slack).mean(axis=0)
+        return share
+    extreme = np.ones(gained.shape[1])  # the signs as they are
+    step = max(1, CHUNK // max(U, 1))
+    for start in range(0, flips, step):
+        signs = 1.0 - 2 * rng.integers(0, 2, (min(step, flips - start), U))
+        extreme += (np.abs(signs @ gained) >= total - slack).sum(axis=0)
+    extreme /= flips + 1
+    return extreme

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
 from eval.arena import Prompt
+from tests.eval.runs import made, records_of, run_of
 
 NAMES = ("roman", "uppercase", "vowels")  # of different ranks and modules
 #: One for each, and one that takes two of them.
@@ -13,3 +20,14 @@ PROMPTS = [
     Prompt("Which vowels are in tiger? Then in capital letters.", "IE", ("vowels", "uppercase")),
 ]
 SAMPLES = [("roman", "Roman for 9?"), ("uppercase", "Shout heron"), ("vowels", "Vowels of zebra")]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """make_run("a", routers=..., tasks=..., missing=...): a folder as `moerge eval run` leaves it."""
+
+    def make(name: str = "run", *, missing: Sequence[str] = (), baseline: str = "best-single", **options: Any) -> Path:
+        records = list(records_of(**options))
+        return made(tmp_path / name, records, run_of(records, missing=missing, baseline=baseline))
+
+    return make

@@ -1,0 +1,120 @@
+"""Figures of many routers on the same prompts, with intervals: sums over units (tasks, or prompts), drawn together.
+
+E prompts, S systems, U units, T tasks, R resamples. A figure is given prompt by prompt as what is above and below the
+line of a fraction, (E, S) each; 0 / 0 where a system has nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval.intervals import CHUNK, Draws, Estimate, Floats, Rows, interval
+
+
+@dataclass(frozen=True)
+class Parts:
+    above: Floats
+    below: Floats
+
+    @classmethod
+    def of(cls, values: Floats) -> Parts:
+        """A mean of values (E, S), of those that are there (not NaN)."""
+        there = ~np.isnan(values)
+        return cls(np.where(there, values, 0.0), there.astype(np.float64))
+
+    def sums(self, units: Rows, count: int) -> tuple[Floats, Floats]:
+        """(U, S) each."""
+        return _summed(self.above, units, count), _summed(self.below, units, count)
+
+    @property
+    def total(self) -> Floats:
+        """(S,) over all prompts at once."""
+        return _ratio(self.above.sum(axis=0), self.below.sum(axis=0))
+
+    def by_task(self, draws: Draws) -> Floats:
+        """(T, S)"""
+        return _ratio(*self.sums(draws.tasks, draws.count))
+
+
+def _summed(values: Floats, units: Rows, count: int) -> Floats:
+    result = np.zeros((count, values.shape[1]))
+    np.add.at(result, units, values)
+    return result
+
+
+def _ratio(above: Floats, below: Floats) -> Floats:
+    result: Floats = np.divide(above, below, out=np.full(np.shape(above), np.nan), where=np.asarray(below) > 0)
+    return result
+
+
+def mean(values: Floats, axis: int) -> Floats:
+    """Of what is there; NaN if nothing is."""
+    parts = Parts.of(values)
+    return _ratio(parts.above.sum(axis=axis), parts.below.sum(axis=axis))
+
+
+def pooled(parts: Parts, draws: Draws) -> list[Estimate]:
+    """Every prompt counts alike."""
+    above, below = parts.sums(draws.of, draws.units)
+    distribution = np.concatenate([_ratio(counts @ above, counts @ below) for counts in draws])
+    return estimates(parts.total, distribution)
+
+
+def over_tasks(parts: Parts, draws: Draws, divisor: Parts | None = None) -> list[Estimate]:
+    """Every task counts alike: the mean over tasks of (the task's mean / the divisor's, (E, 1), if there is one)."""
+
+    def told(above: Floats, below: Floats, over: Floats, under: Floats) -> Floats:
+        return _ratio(above, below) if divisor is None else _ratio(_ratio(above, below), _ratio(over, under))
+
+    def sums(units: Rows, count: int) -> list[Floats]:
+        return [*parts.sums(units, count), *(divisor or parts).sums(units, count)]
+
+    value = mean(told(*sums(draws.tasks, draws.count)), axis=0)
+    if draws.by_task:
+        tasks = Parts.of(told(*sums(draws.tasks, draws.count)))
+        distribution = np.concatenate([_ratio(counts @ tasks.above, counts @ tasks.below) for counts in draws])
+        return estimates(value, distribution)
+    units, members = sums(draws.of, draws.units), [draws.members(task) for task in range(draws.count)]
+    distribution = np.concatenate(
+        [mean(np.stack([told(*(c[:, m] @ each[m] for each in units)) for m in members]), axis=0) for c in draws]
+    )
+    return estimates(value, distribution)
+
+
+def quantiles(values: Floats, prompts: Rows, shares: tuple[float, ...], draws: Draws) -> list[Estimate]:
+    """The smallest value that `shares` of all values (n,) are at most; `prompts` (n,) says whose they are."""
+    if not len(values):
+        return [Estimate(np.nan, np.nan, np.nan)] * len(shares)
+    order = np.argsort(values, kind="stable")
+    ascending, units = values[order], draws.of[prompts[order]]
+    wanted = np.array(shares) - 1e-12  # a share of n can come out a hair above the whole number that it is
+
+    def at(counts: Floats) -> Floats:
+        until = np.cumsum(counts, axis=1)  # (r, n)
+        found = np.stack([(until >= share * until[:, -1:]).argmax(axis=1) for share in wanted], axis=1)
+        return np.asarray(np.where(until[:, -1:] > 0, ascending[found], np.nan), np.float64)
+
+    step = max(1, CHUNK // len(values))
+    rows = (counts[start : start + step] for counts in draws for start in range(0, len(counts), step))
+    value = at(np.ones((1, len(values))))[0]
+    return estimates(value, np.concatenate([at(counts[:, units]) for counts in rows]))
+
+
+def gains(parts: Parts, draws: Draws) -> Floats:
+    """(U, S) what each unit adds to the mean over tasks: its sum is the value of `over_tasks`."""
+    means = Parts.of(parts.by_task(draws))
+    tasks = np.maximum(means.below.sum(axis=0), 1)  # (S,)
+    if draws.by_task:
+        result: Floats = means.above / tasks
+        return result
+    below = _summed(parts.below, draws.tasks, draws.count)[draws.tasks]  # (E, S) prompts of the prompt's task
+    share: Floats = parts.above / np.maximum(below, 1) / tasks
+    return share
+
+
+def estimates(value: Floats, distribution: Floats) -> list[Estimate]:
+    """Of (S,) figures and (R, S) figures of bootstrap samples."""
+    low, high = interval(distribution)
+    return [Estimate(*map(float, each)) for each in zip(value, low, high, strict=True)]

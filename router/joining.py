@@ -32,10 +32,12 @@ class Row:
     """What becomes of the samples of one expert that were asked.
 
     right_before, right_after  that it answers itself
-    lost       its own before, the newcomer's after
-    gained     not its own before, its own after
-    abstained  answered by an expert before, by the base model after
-    elsewhere  its own before, another old expert's after
+    lost       by itself before, by the newcomer after
+    abstained  by itself before, by the base model after
+    elsewhere  by itself before, by another old expert after
+    gained     not by itself before, but after
+
+    right_after = right_before - lost - abstained - elsewhere + gained
     """
 
     expert: str
@@ -43,9 +45,9 @@ class Row:
     right_before: int
     right_after: int
     lost: int
-    gained: int
     abstained: int
     elsewhere: int
+    gained: int
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def row(expert: str, samples: Sequence[Moved], newcomer: str) -> Row:
         right_before=sum(each.before == expert for each in samples),
         right_after=sum(each.after == expert for each in samples),
         lost=sum(each.after == newcomer for each in left),
-        gained=sum(each.before != expert == each.after for each in samples),
-        abstained=sum(each.before is not None and each.after is None for each in samples),
+        abstained=sum(each.after is None for each in left),
         elsewhere=sum(each.after not in (newcomer, None) for each in left),
+        gained=sum(each.before != expert == each.after for each in samples),
     )

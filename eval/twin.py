@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from adapters_registry.lora import CONFIG, WEIGHTS, LoraConfig
 from adapters_registry.lora import Layout as Names
 from eval.explicit import Explicit
+from eval.greedy import greedy, step
 from router.gating import GATES, gate_of
 from router.gating.gate import Step, Table
 from router.gating.layout import KEY, TABLES, Layout, Member
@@ -297,13 +298,8 @@ class Twin:
 
     def forward(self, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
         """One step. ids (batch, length); mask (batch, all so far) -> logits (batch, length, vocabulary), cache."""
-        length = ids.shape[1]
-        self.evidence.start(mask[:, -length:].float())
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
-        output = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return output.logits, output.past_key_values
+        self.evidence.start(mask[:, -ids.shape[1] :].float())
+        return step(self.model, ids, mask, cache)
 
     @torch.inference_mode()
     def logprobs(self, ids: Sequence[int], given: Sequence[float] | None = None, chunks: int = 1) -> Tensor:
@@ -333,23 +329,9 @@ class Twin:
 
         `given` are weights for each request, NaN where it brings none.
         """
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         self.given = None if given is None else torch.tensor(given)
-        ended, cache, new = torch.zeros(len(prompts), dtype=torch.bool), None, []
         with self.attached():
-            for _ in range(limit):
-                logits, cache = self.forward(ids, mask, cache)
-                token = logits[:, -1].argmax(-1)  # (batch,)
-                if eos is not None:
-                    ended |= token == eos
-                new.append(token.masked_fill(ended, -1))
-                if bool(ended.all()):
-                    break
-                ids = token[:, None]
-                mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-        return [[token for token in row if token >= 0] for row in torch.stack(new, 1).tolist()]
+            return greedy(self.forward, prompts, limit=limit, eos=() if eos is None else (eos,))
 
 
 def groups_of(names: Sequence[str]) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """Scores of answers: `METRICS[example.metric].score(example, reply)`.
 
-One figure to an example, as intervals and slices need it: from 0 to 1 (the log-likelihood: at most 0), higher is better.
+One figure to an example, as intervals and slices need it, from 0 to 1 (a log-likelihood: at most 0), higher is better.
 A task's figure is their mean. That is what the literature calls accuracy, exact match, token F1, ROUGE-L and
 pass@k; corpus BLEU, which divides sums instead of averaging quotients, is another number (`eval.scoring.text.bleu`).
 """

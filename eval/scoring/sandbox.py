@@ -75,20 +75,22 @@ def _run(program: str, limits: Limits, wall: tuple[str, ...]) -> int | None:
             process.wait()
 
 
-#: Root's processes are not counted against a limit, but for those whose real user is another one.
-_LESS_ROOT = ("setpriv", "--ruid", "65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all")
+#: Root's processes are not counted against a limit, but those of root whose real user is another one are.
+_LESS_ROOT = ("setpriv", "--ruid", "65534", "--clear-groups")
+_NO_RIGHTS = ("--bounding-set=-all",)
 #: No network, no sight of other processes, and none of the program's own is left when the first of them ends.
 _APART = ("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child=KILL")
 
 
+def candidates() -> tuple[tuple[str, ...], ...]:
+    """What may stand before the command, the best first."""
+    return (_LESS_ROOT + _APART, _LESS_ROOT + _NO_RIGHTS) if os.geteuid() == 0 else (_APART, ())
+
+
 @cache
 def walls() -> tuple[str, ...] | None:
-    """What stands before the command, the most that works on this machine; None where nothing safe does."""
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    if sys.platform == "win32":
-        return None
-    less = _LESS_ROOT if root else ()
-    for wall in (less + _APART, less):
+    """The first of them that works on this machine; None where none does."""
+    for wall in candidates():
         there = all(shutil.which(each) for each in {"setpriv", "unshare"} & set(wall))
         if there and _run("", Limits(clock=60), wall) == confine.DONE:
             return wall

@@ -29,23 +29,29 @@ class BadSuite(Exception):
 
 
 class Data(Frozen):
-    """Where rows come from: a file or folder (`path`, absolute once read), or a data set of the Hub."""
+    """Where rows come from: a file or folder (`path`, absolute once read), a data set of the Hub, or one that everybody
+    has to get for themselves: `given` is what they call it (`--data NAME=PATH`), `source` where it is from.
+    """
 
     path: str | None = None
     hub: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
+    given: Annotated[str, Field(pattern=r"^[\w./-]+$")] | None = None
+    source: str = ""
     config: str | None = None
     split: str | None = None
     revision: str | None = None
 
     @model_validator(mode="after")
     def _from_one_place(self) -> Self:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("needs exactly one of `path` (a file or folder) and `hub` (org/name)")
+        if sum(each is not None for each in (self.path, self.hub, self.given)) != 1:
+            raise ValueError("needs exactly one of `path` (a file or folder), `hub` (org/name) and `given` (--data)")
+        if self.hub is not None and self.split is None:
+            raise ValueError("a data set of the Hub has splits; name one (split: test)")
         return self
 
     def __str__(self) -> str:
         about = ", ".join(filter(None, (self.config, self.split)))
-        return f"{self.hub or self.path}" + (f" ({about})" if about else "")
+        return f"{self.path or self.hub or self.given}" + (f" ({about})" if about else "")
 
 
 class Task(Frozen):
@@ -54,8 +60,10 @@ class Task(Frozen):
 
     expert, experts  who the prompts were made for, in turn; templates; "all": whoever is best; none: out of domain
     answer, answers  right answers: a template, templates, or an expression that gives a list
+    extract          a regular expression: of what is answered only its last match counts
     choices, gold    continuations to choose among, templates or an expression; the position of the right one, a
                      number or an expression
+    delimiter        put before a continuation that does not begin with a space; " " for completions, "" for chats
     tests            program text that fails unless the answer before it is right; a template
     stop, n, temperature  of generation
     tags, tag_columns     to slice results by: always these; these columns' values, as `column:value`
@@ -75,8 +83,10 @@ class Task(Frozen):
     prompt: str = "{{ prompt }}"
     system: str = ""
     answers: str | tuple[str, ...] = ()
+    extract: str = ""
     choices: str | tuple[str, ...] = ()
     gold: int | str | None = None
+    delimiter: str | None = None
     tests: str = ""
     metric: str = "exact_match"
     max_tokens: PositiveInt = 64

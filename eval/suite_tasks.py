@@ -107,6 +107,8 @@ class _Entry:
         if task.metric not in METRICS:
             self._problem(("metric",), f"there is no metric '{task.metric}'; there are: {', '.join(METRICS)}")
             return
+        if METRICS[task.metric].needs == "likelihood" and task.choices and task.gold is not None:
+            return  # the right choice is the answer
         for field in NEEDS[METRICS[task.metric].needs]:
             if getattr(task, field) in ((), "", None):
                 name = "answer" if field == "answers" else field

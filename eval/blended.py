@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adapters_registry.expert import Sample
 from eval.arena import LIMIT, Arena, Set
 from eval.testbed.compositions import COMPOSITIONS
 from eval.testbed.generate import answers
 from eval.testbed.manifest import read_jsonl
-from router.adapted import Adapted, Batch, encode, frozen
+from router.adapted import Adapted, Batch, encode
 from router.blending import blend, lorahub, soup
-from router.blending.statistics import fisher_information, gram_matrices
+from router.blending.measuring import measure
+from router.blending.operator import Statistic
 from router.composite import Part
 
 MAX_RANK = 256  # over the ranks of all experts together, so that nothing is cut but what an operator itself cuts
@@ -74,20 +76,15 @@ class Blended:
         """What the model answers as it is now."""
         return answers(self.arena.model, self.arena.tokenizer, prompts, limit=LIMIT)
 
-    def measure(self, kind: str, names: Sequence[str]) -> None:
+    def measure(self, kind: Statistic, names: Sequence[str]) -> None:
         """The statistics of these experts, on every linear layer, from their samples, with the expert loaded."""
         arena = self.arena
         modules = [name for name, layer in arena.model.named_modules() if isinstance(layer, nn.Linear)]
         modules = [name for name in modules if ".layers." in name]
         known = self.statistics.setdefault(kind, {})
         for name in names:
-            batches = [self._batch([row]) for row in self.samples(name)]
-            inputs = [{"input_ids": b.ids, "labels": b.ids.masked_fill(~b.answer, -100)} for b in batches]
-            with frozen(arena.model), Adapted(arena.model, arena.folders[name]).loaded():
-                if kind == "gram":
-                    known[name] = gram_matrices(arena.model, inputs, modules)
-                else:
-                    known[name] = fisher_information(arena.model, inputs, modules)
+            samples = [Sample(prompt=row["prompt"], answer=row["answer"]) for row in self.samples(name)]
+            known[name] = measure(arena.model, arena.tokenizer, arena.folders[name], samples, kind, modules=modules)
 
     def samples(self, name: str) -> list[dict[str, str]]:
         return read_jsonl(self.arena.data / "samples" / f"{name}.jsonl")

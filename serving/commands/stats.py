@@ -53,7 +53,8 @@ def _measure(
     place: Workplace, experts: Sequence[Expert], kinds: Sequence[Statistic], force: bool, device: str
 ) -> dict[str, list[dict[str, Any]]]:
     """Measures and keeps, one after the other; what was done before an interruption stays."""
-    from serving.statistics import is_measured, measure, reason_against
+    from router.blending.measuring import measure
+    from serving.statistics import is_measured, reason_against
 
     report: dict[str, list[dict[str, Any]]] = {"measured": [], "up_to_date": [], "left_out": []}
     work: list[tuple[Expert, Statistic]] = []
@@ -78,7 +79,8 @@ def _measure(
                 progress.update(bar, completed=done)
 
             try:
-                found = measure(model, tokenizer, expert, kind, tell)
+                measured = measure(model, tokenizer, expert.path, expert.samples, kind, tell)
+                found = {module: tensor.cpu().numpy() for module, tensor in measured.items()}
                 place.registry.set_tensors(expert.name, expert.version, kind, found)
             except ValueError as error:
                 report["left_out"].append({**row, "why": str(error)})

@@ -14,7 +14,7 @@ from adapters_registry.expert import Sample
 from adapters_registry.lora import WEIGHTS
 from adapters_registry.registry import Registry
 from router.adapted import encode
-from router.blending import blend
+from router.blending import blend, measuring
 from router.composite import Part
 from serving import statistics
 
@@ -107,7 +107,7 @@ def test_an_interruption_keeps_what_was_done(offline: Any, registry: Registry, m
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(statistics, "fisher_information", interrupted)
+    monkeypatch.setattr(measuring, "fisher_information", interrupted)
     result = offline("expert", "stats", "uppercase")
     assert result.exit_code == 130
     assert "Traceback" not in result.output

@@ -17,7 +17,7 @@ from eval.asking import Frozen
 from eval.recipe import Recipe
 from eval.records import REGIMES, Regime
 
-Name = Annotated[str, Field(pattern=r"^[\w][\w .:+/@-]*$", max_length=100)]
+Name = Annotated[str, Field(pattern=r"^\S(.*\S)?$", max_length=100)]
 
 
 class BadSuite(Exception):

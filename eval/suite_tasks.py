@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from adapters_registry.lines import Where, YamlFile
 from eval import templates
+from eval.expanding import expansions, filled
 from eval.suite import Data, Task
 from eval.templates import BadTemplate
 
@@ -37,7 +38,7 @@ def tasks_of(
             if one in entry and f"{one}s" in entry:
                 file.problem((*where, one), f"give `{one}` or `{one}s`, not both")
         merged = _merged(_plain(defaults), _plain(entry))
-        for each in _each(file, merged.pop("each", None), where):
+        for each in expansions(file, merged.pop("each", None), where):
             before = len(file.problems)
             task = _Entry(file, where, entry, defaults, names).task(merged, each)
             if len(file.problems) > before or task is None:
@@ -66,7 +67,7 @@ class _Entry:
     def task(self, merged: Mapping[str, Any], each: str | None) -> Task | None:
         told = dict(merged) | {"each": each, "place": self._file.place(self._where)}
         try:
-            told |= {key: _filled(told[key], each) for key in ("name", "data", "tags") if key in told}
+            told |= {key: filled(told[key], each) for key in ("name", "data", "tags") if key in told}
             if isinstance(told.get("experts"), list):
                 told["experts"] = [_owner(owner, each) for owner in told["experts"]]
         except BadTemplate as error:
@@ -170,28 +171,8 @@ def _merged(defaults: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _each(file: YamlFile, given: Any, where: Where) -> list[str | None]:
-    if given is None:
-        return [None]
-    if not isinstance(given, list) or not given or not all(isinstance(each, str | int) for each in given):
-        file.problem((*where, "each"), "is a list of words, one for each task")
-        return []
-    return [str(each) for each in given]
-
-
-def _filled(value: Any, each: str | None) -> Any:
-    """Every text in it with `{{ each }}` filled in."""
-    if isinstance(value, dict):
-        return {key: _filled(inner, each) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_filled(inner, each) for inner in value]
-    if isinstance(value, str):
-        return templates.render(value, {} if each is None else {"each": each})
-    return value
-
-
 def _owner(owner: Any, each: str | None) -> Any:
     """Filled in, unless rows say who it is."""
     if isinstance(owner, str) and not templates.columns(owner) - {"each"}:
-        return _filled(owner, each)
+        return filled(owner, each)
     return owner

@@ -24,7 +24,7 @@ from router.takeover import SAME
 from router.text import BUDGET, shorten
 
 #: Samples that suffice: no more folds are asked when there were so many.
-ENOUGH = 2000
+ENOUGH = 1000
 
 
 @dataclass(frozen=True)

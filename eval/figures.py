@@ -90,16 +90,40 @@ def quantiles(values: Floats, prompts: Rows, shares: tuple[float, ...], draws: D
     order = np.argsort(values, kind="stable")
     ascending, units = values[order], draws.of[prompts[order]]
     wanted = np.array(shares) - 1e-12  # a share of n can come out a hair above the whole number that it is
+    everything = np.ones((1, draws.units))
+    at = _by_search if draws.by_task else _by_sums  # search needs a number to each value and unit
+    drawn = [at(ascending, units, counts, wanted) for counts in (everything, *draws)]
+    return estimates(drawn[0][0], np.concatenate(drawn[1:]))
 
-    def at(counts: Floats) -> Floats:
-        until = np.cumsum(counts, axis=1)  # (r, n)
-        found = np.stack([(until >= share * until[:, -1:]).argmax(axis=1) for share in wanted], axis=1)
-        return np.asarray(np.where(until[:, -1:] > 0, ascending[found], np.nan), np.float64)
 
-    step = max(1, CHUNK // len(values))
-    rows = (counts[start : start + step] for counts in draws for start in range(0, len(counts), step))
-    value = at(np.ones((1, len(values))))[0]
-    return estimates(value, np.concatenate([at(counts[:, units]) for counts in rows]))
+def _by_sums(ascending: Floats, units: Rows, counts: Floats, shares: Floats) -> Floats:
+    """(r, shares) quantiles of values (n,) in ascending order, a unit's as often as it is drawn: counts (r, U)."""
+    found = np.empty((len(counts), len(shares)))
+    step = max(1, CHUNK // len(ascending))
+    for start in range(0, len(counts), step):
+        until = np.cumsum(counts[start : start + step, units], axis=1)  # (step, n)
+        for place, share in enumerate(shares):
+            first = (until >= share * until[:, -1:]).argmax(axis=1)
+            found[start : start + step, place] = np.where(until[:, -1] > 0, ascending[first], np.nan)
+    return found
+
+
+def _by_search(ascending: Floats, units: Rows, counts: Floats, shares: Floats) -> Floats:
+    """The same, by halving: quick where there are few units."""
+    n = len(ascending)
+    until = np.zeros((n, counts.shape[1]))  # (n, U) values of each unit up to here
+    until[np.arange(n), units] = 1
+    np.cumsum(until, axis=0, out=until)
+    total = counts @ until[-1]  # (r,)
+    found = np.empty((len(counts), len(shares)))
+    for place, share in enumerate(shares):
+        low, high = np.zeros(len(counts), np.int64), np.full(len(counts), n - 1)
+        while (low < high).any():
+            middle = (low + high) // 2
+            enough = (until[middle] * counts).sum(axis=1) >= share * total
+            low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+        found[:, place] = np.where(total > 0, ascending[high], np.nan)
+    return found
 
 
 def gains(parts: Parts, draws: Draws) -> Floats:

@@ -258,7 +258,7 @@ def _placed(rows: list[Row], means: Floats) -> tuple[list[Row], int, bool]:
     if not scores.size:
         return rows, 0, True
     points = borda(scores)
-    order, exact = kemeny(scores), True
+    order, exact = kemeny(scores)
     places = rankdata(-np.round(points, DIGITS), method="min").astype(int)
     for column, number in enumerate(ranked):
         rows[number] = replace(

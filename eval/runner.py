@@ -309,7 +309,7 @@ class Runner:
                     "router": router,
                     "regime": "in-distribution",
                     "example": example,
-                    "prompt": question.example.prompt.routing_text,
+                    "prompt": question.example.prompt.routing_text(),
                     "trace": trace,
                 }
 

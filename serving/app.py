@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from serving.endpoints import blends, experts, feedback, gates, groups, lora, models, operations, routes, traces
+from serving.endpoints import blends, checks, experts, feedback, gates, groups, lora, models, operations, routes, traces
 from serving.errors import TABLE, ApiError, BadRequest, error_response, handle
 from serving.gate import Gate
 from serving.inference import PATHS, TOKEN_PATHS, Inference
@@ -25,7 +25,7 @@ def create_app(service: Service) -> FastAPI:
         description="MoErging inference router: an OpenAI-compatible API in front of many LoRA experts.",
     )
     app.state.service = service
-    for module in (models, experts, blends, routes, feedback, traces, gates, groups, lora, operations):
+    for module in (models, experts, checks, blends, routes, feedback, traces, gates, groups, lora, operations):
         app.include_router(module.endpoints)
     inference = Inference(service)
     for path in (*PATHS, *TOKEN_PATHS):

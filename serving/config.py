@@ -180,6 +180,39 @@ class RegistrySettings(Section):
     )
 
 
+CheckName = Literal["own_task", "confusion", "regression", "duplicates", "loudness", "triggers", "declared"]
+
+
+class CheckSettings(Section):
+    """What `moerge expert check` measures of a version, and what a staged one must show before it is promoted."""
+
+    enforce: Literal["never", "warn", "always"] = Field(
+        "warn",
+        description="When a staged version is promoted: ask nothing; say what speaks against it; or refuse it.",
+    )
+    require: tuple[CheckName, ...] = Field(
+        ("own_task", "regression", "duplicates", "loudness", "triggers"),
+        description="The checks that a version has to pass; the others only inform.",
+    )
+    samples: int = Field(20, ge=1, description="Samples of each expert that are asked.")
+    min_gain: float = Field(
+        0.0, ge=-1, le=1, description="Least gain on its own samples over whoever answers them now (exact match)."
+    )
+    max_confusion: float = Field(
+        0.25, ge=0, le=1, description="Share of one other expert's samples that it may take over."
+    )
+    max_regression: float = Field(
+        0.05, ge=0, le=1, description="By how much another expert's samples may be answered worse (exact match)."
+    )
+    max_cosine: float = Field(
+        0.95, ge=0, le=1, description="Largest cosine of its dW with another expert's; nearer ones are copies."
+    )
+    max_loudness: float = Field(5.0, gt=0, description="Largest robust z-score of its norms among its peers'.")
+    max_shift: float = Field(
+        5.0, gt=0, description="Largest robust z-score of its effect on neutral prompts among its peers'."
+    )
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="MOERGE_",
@@ -196,6 +229,7 @@ class Settings(BaseSettings):
     groups: GroupSettings = GroupSettings()
     feedback: FeedbackSettings = FeedbackSettings()
     registry: RegistrySettings = RegistrySettings()
+    checks: CheckSettings = CheckSettings()
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of Moerge's own log lines.")
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -22,9 +23,11 @@ class ApiError(Exception):
     kind = "invalid_request_error"
     code: str | None = None
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, reasons: Sequence[tuple[str, str]] = ()) -> None:
+        """`reasons` are (code, message) of each, where there are several."""
         super().__init__(message)
         self.param = param
+        self.reasons = reasons
 
 
 class BadRequest(ApiError):
@@ -108,7 +111,11 @@ def error_response(error: Exception) -> JSONResponse:
         headers["retry-after"] = "5"
     body: dict[str, Any] = {"message": printable(message), "type": kind, "param": param, "code": code}
     if isinstance(error, registry_errors.ExpertRefused | registry_errors.BlendRefused):
-        body["reasons"] = [{"code": reason.code, "message": printable(reason.message)} for reason in error.reasons]
+        reasons = [(reason.code, reason.message) for reason in error.reasons]
+    else:
+        reasons = list(error.reasons) if isinstance(error, ApiError) else []
+    if reasons:
+        body["reasons"] = [{"code": code, "message": printable(message)} for code, message in reasons]
     return JSONResponse({"error": body}, status_code=status, headers=headers)
 
 

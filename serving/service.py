@@ -19,6 +19,7 @@ from serving import metrics
 from serving.auth import Authenticator
 from serving.blends import StoredBlends
 from serving.calibration import Calibration
+from serving.checks.run import Checks
 from serving.config import Settings
 from serving.conversations import Conversations, NearTies
 from serving.engine import Engine
@@ -59,6 +60,7 @@ class Service:
         self.blends = StoredBlends(self)
         self.calibration = Calibration(self)
         self.groups = Groups(self)
+        self.checks = Checks(self)
         self.traces = Traces()
         self.feedback = Feedback(settings.feedback, registry.decisions, router)
         self.conversations = Conversations(settings.router.stickiness, self.active, router.standing)

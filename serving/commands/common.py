@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     import httpx
@@ -57,3 +58,38 @@ def answer(response: httpx.Response) -> Any:
         return body
     error = body.get("error") if isinstance(body, dict) else None
     fail(str(error["message"]) if isinstance(error, dict) else f"{response.status_code}: {response.text:.500}")
+
+
+def follow(http: httpx.Client, path: str, outcome: str, *, quiet: bool, **request: Any) -> dict[str, Any]:
+    """POST what takes its time and show its progress; gives the data of the event `outcome`.
+
+    Ends the command when it is refused.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    params = {"stream": "true", **request.pop("params", {})}
+    with (
+        Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress,
+        http.stream("POST", path, params=params, **request) as response,
+    ):
+        if not response.is_success:
+            response.read()
+            answer(response)
+        task = progress.add_task("send", total=None)
+        event = ""
+        for line in response.iter_lines():
+            key, _, value = line.partition(": ")
+            if key == "event":
+                event = value
+            elif key == "data":
+                data: dict[str, Any] = json.loads(value)
+                if event == "progress":
+                    known = 0 < data["fraction"] < 1
+                    progress.update(
+                        task, description=data["stage"], total=1 if known else None, completed=data["fraction"]
+                    )
+                elif event == outcome:
+                    return data
+                else:
+                    progress.stop()
+                    fail(data["error"]["message"])
+    return fail("The server closed the connection before it was done; `moerge expert list` shows what it has.")

@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from serving.commands.common import DEFAULT_URL, ApiKey, AsJson, Url, answer, client, err, fail, out, print_json
+from serving.commands.check import check
+from serving.commands.common import (
+    DEFAULT_URL,
+    ApiKey,
+    AsJson,
+    Url,
+    answer,
+    client,
+    err,
+    fail,
+    follow,
+    out,
+    print_json,
+)
 from serving.commands.stats import stats
 
-if TYPE_CHECKING:
-    import httpx
-
 app = typer.Typer(help="Register experts and look after them.", no_args_is_help=True)
+app.command()(check)
 app.command()(stats)
 
 Name = Annotated[str, typer.Argument(help="The expert's name.")]
@@ -57,7 +67,7 @@ def add(
     }
     with ExitStack() as stack, client(url, api_key) as http:
         if source.startswith("hub:"):
-            request = {"json": {**about, "source": hub_reference(source)}}
+            request: dict[str, Any] = {"json": {**about, "source": hub_reference(source)}}
         else:
             folder = Path(source).expanduser()
             files = [folder / each for each in KEPT if (folder / each).is_file()]
@@ -65,8 +75,8 @@ def add(
             if not files:
                 fail(f"{folder} is not a PEFT folder: it has none of {', '.join(KEPT)}.")
             opened = [("files", (path.name, stack.enter_context(path.open("rb")))) for path in files]
-            request = {"files": opened, "data": {"expert": json.dumps(about)}}  # type: ignore[dict-item]
-        expert = follow(http, request, quiet=as_json)
+            request = {"files": opened, "data": {"expert": json.dumps(about)}}
+        expert = follow(http, "/v1/experts", "expert", quiet=as_json, **request)
     if as_json:
         print_json(expert)
     else:
@@ -103,37 +113,6 @@ def read_samples(path: Path) -> list[Any]:
         except ValueError as error:
             fail(f"{path}:{number}: not JSON: {error}")
     return samples
-
-
-def follow(http: httpx.Client, request: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
-    """Send a registration and show its progress; ends the command when it is refused."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with (
-        Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress,
-        http.stream("POST", "/v1/experts", params={"stream": "true"}, **request) as response,
-    ):
-        if not response.is_success:
-            response.read()
-            answer(response)
-        task = progress.add_task("send")
-        event = ""
-        for line in response.iter_lines():
-            key, _, value = line.partition(": ")
-            if key == "event":
-                event = value
-            elif key == "data":
-                data: dict[str, Any] = json.loads(value)
-                if event == "progress":
-                    fraction = f" {data['fraction']:.0%}" if 0 < data["fraction"] < 1 else ""
-                    progress.update(task, description=f"{data['stage']}{fraction}")
-                elif event == "expert":
-                    return data
-                else:
-                    progress.stop()
-                    fail(data["error"]["message"])
-    return fail(
-        "The server closed the connection before the registration ended; `moerge expert list` shows what it has."
-    )
 
 
 @app.command("list")
@@ -196,7 +175,7 @@ def show(
 def promote(
     name: Name,
     version: Annotated[int, typer.Argument(help="The version to serve.")],
-    force: Annotated[bool, typer.Option(help="Also out of quarantine.")] = False,
+    force: Annotated[bool, typer.Option(help="Also out of quarantine, and whatever its checks say.")] = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -219,6 +198,8 @@ def retire(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
 def change(url: str, api_key: str | None, method: str, path: str, body: dict[str, Any] | None = None) -> None:
     with client(url, api_key) as http:
         expert = answer(http.request(method, path, json=body))
+    for warning in expert.get("warnings", ()):
+        err.print(f"Its checks object. {warning}", style="yellow", markup=False, soft_wrap=True)
     err.print(f"{expert['name']} version {expert['version']} is {expert['state']}.", markup=False)
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.datastructures import FormData, UploadFile
 
@@ -20,18 +17,17 @@ from adapters_registry.expert import Check, Expert, Sample, State, Visibility
 from adapters_registry.proposal import FolderSource, HubSource, Proposal, Source, UploadSource
 from adapters_registry.store import refuse_when_full
 from serving.auth import Caller
+from serving.checks import policy
 from serving.endpoints.common import AdminCaller, InferCaller, ServiceDep
-from serving.errors import BadRequest, Forbidden, error_response
-from serving.registration import Progress, register
+from serving.endpoints.streams import Told
+from serving.errors import BadRequest, Forbidden
+from serving.registration import register
 from serving.service import Service
 
-logger = logging.getLogger("moerge")
 endpoints = APIRouter(prefix="/v1/experts", tags=["experts"])
 
 #: Parts of an upload beside the files, and the most of either.
 MOST_FILES, MOST_FIELDS = 8, 8
-#: A progress stream says something at least this often (seconds), so that proxies keep it open.
-HEARTBEAT = 10.0
 
 
 class Strict(BaseModel):
@@ -180,46 +176,19 @@ async def add_expert(
     (`{"stage", "fraction"}`), then one `expert` or one `error`.
     """
     proposal, stage = await read_proposal(request, service, caller)
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[tuple[str, Any] | None] = asyncio.Queue()
 
-    def progress(name: str, fraction: float) -> None:  # called from the thread that fetches
-        loop.call_soon_threadsafe(queue.put_nowait, ("progress", {"stage": name, "fraction": round(fraction, 4)}))
-
-    def finished(_: object) -> None:
-        queue.put_nowait(None)
+    def close(_: object) -> None:
         if isinstance(proposal.source, UploadSource):
             for file in proposal.source.files.values():
                 file.close()
 
     # It goes on when the client leaves: it is whole or absent.
-    task = service.spawn(register(service, proposal, progress, stage=stage))
-    task.add_done_callback(finished)
+    told = Told()
+    task = service.spawn(register(service, proposal, told.progress, stage=stage))
+    task.add_done_callback(close)
     if stream:
-        return StreamingResponse(events(service, task, queue), media_type="text/event-stream")
+        return told.stream(task, "expert", lambda expert: summary(service, expert))
     return summary(service, await asyncio.shield(task))
-
-
-async def events(
-    service: Service, task: asyncio.Task[Expert], queue: asyncio.Queue[tuple[str, Any] | None]
-) -> AsyncIterator[str]:
-    """Progress, then the outcome; None in the queue is the end."""
-    while True:
-        try:
-            event = await asyncio.wait_for(queue.get(), HEARTBEAT)
-        except TimeoutError:
-            yield ": still at it\n\n"
-            continue
-        if event is None:
-            break
-        yield f"event: {event[0]}\ndata: {json.dumps(event[1])}\n\n"
-    if (error := task.exception()) is not None:
-        assert isinstance(error, Exception)
-        if (response := error_response(error)).status_code == 500:
-            logger.error("A registration failed", exc_info=error)
-        yield f"event: error\ndata: {bytes(response.body).decode()}\n\n"
-    else:
-        yield f"event: expert\ndata: {summary(service, task.result()).model_dump_json()}\n\n"
 
 
 async def read_proposal(request: Request, service: Service, caller: Caller) -> tuple[Proposal, bool]:
@@ -322,16 +291,21 @@ async def change_expert(name: str, change: ExpertChange, service: ServiceDep, ca
 
 class Version(Strict):
     version: int = Field(ge=1)
-    force: bool = Field(False, description="Also out of quarantine.")
+    force: bool = Field(False, description="Also out of quarantine, and whatever its checks say.")
+
+
+class Promoted(ExpertDetail):
+    """`warnings` are what the checks of a staged version say against it."""
+
+    warnings: list[str]
 
 
 @endpoints.post("/{name}/promote")
-async def promote_expert(name: str, target: Version, service: ServiceDep, caller: AdminCaller) -> ExpertDetail:
-    """Make a version the active one."""
-    promote = service.registry.promote
-    expert = await asyncio.to_thread(promote, name, target.version, tenant=caller.tenant, force=target.force)
+async def promote_expert(name: str, target: Version, service: ServiceDep, caller: AdminCaller) -> Promoted:
+    """Make a version the active one, if the policy for checks allows a staged one."""
+    expert, against = await policy.promote(service, name, target.version, tenant=caller.tenant, force=target.force)
     await service.refresh()
-    return detail(service, expert)
+    return Promoted(**detail(service, expert).model_dump(), warnings=list(against))
 
 
 @endpoints.post("/{name}/rollback")
@@ -358,6 +332,3 @@ async def remove_expert(
     await asyncio.to_thread(service.registry.remove, name, version, tenant=caller.tenant)
     await service.refresh()
     return JSONResponse({"object": "expert.deleted", "name": name, "version": version, "deleted": True})
-
-
-__all__ = ["Progress", "endpoints"]

@@ -17,6 +17,7 @@ from serving.inference import arguments
 from serving.internal import one_token, post
 from serving.probing import probe
 from serving.service import Service
+from serving.tokens import in_words
 from serving.traces import Trace, trace_of
 
 endpoints = APIRouter(tags=["routing"])
@@ -66,13 +67,14 @@ async def explain_route(
                 param="model",
             )
         )
-    turn = await turn_of(service, model, body, caller, extension)
-    decision = await decide(service, model, body, caller, extension=extension, limit=None, turn=turn)
+    words = await in_words(service, body)
+    turn = await turn_of(service, model, words, caller, extension)
+    decision = await decide(service, model, words, caller, extension=extension, limit=None, turn=turn)
     trace = None
     if wanted or extension.trace:
         decision = service.groups.within(decision)
         decision, trace = await traced(service, path, body, decision, model, caller)
-    return Explanation(model=model, text=read_text(service, body), decision=decision, trace=trace)
+    return Explanation(model=model, text=read_text(service, words), decision=decision, trace=trace)
 
 
 async def traced(

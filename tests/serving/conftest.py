@@ -58,6 +58,8 @@ class FakeEngine:
     dead       every request is a 500, health says so, until it is started again
     lost       names whose adapter went away under a request: must stay empty
     evidence   what a composite reads from any prompt, by expert's name; 0 for the others
+    says       by the engine's name for somebody, or the shown one: what is answered to a prompt, in a chat
+    shifts     by the shown name: by how many nats it changes log-probabilities; .25 unless told
     """
 
     base_model = "tiny"
@@ -78,6 +80,8 @@ class FakeEngine:
         self.waiting = 0
         self.lost: list[str] = []
         self.evidence: dict[str, float] = {}
+        self.says: dict[str, Callable[[str], str]] = {}
+        self.shifts: dict[str, float] = {}
         self.paths: dict[str, Path] = {}
         self.traces: dict[str, Trace] = {}
         self.answer: tuple[int, dict[str, Any]] | None = None  # instead of the usual one
@@ -198,16 +202,25 @@ class FakeEngine:
 
     def _content(self, path: str, who: str, body: dict[str, Any]) -> dict[str, Any]:
         text = f"{who}: {said(body)}"
+        shift = 0.0 if who in {self.base_model, *self.inert} else self.shifts.get(who, 0.25)
+        shift = float("nan") if who in self.broken else shift
+        top = [{"a": -0.5 - shift, "c": -2}, {"b": -1, "d": -3}]
         match path:
             case "/v1/chat/completions":
-                return {"object": "chat.completion", "choices": [{"message": {"role": "assistant", "content": text}}]}
+                if (says := self.says.get(body["model"], self.says.get(who))) is not None:
+                    text = says(said(body))
+                choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+                if body.get("logprobs"):
+                    listed = [[{"token": key, "logprob": value} for key, value in step.items()] for step in top]
+                    choice["logprobs"] = {"content": [{**step[0], "top_logprobs": step} for step in listed]}
+                return {"object": "chat.completion", "choices": [choice]}
             case "/v1/completions":
-                shift = 0.0 if who in {self.base_model, *self.inert} else 0.25
-                shift = float("nan") if who in self.broken else shift
-                logprobs = {"tokens": ["a", "b"], "top_logprobs": [{"a": -0.5 - shift, "c": -2}, {"b": -1, "d": -3}]}
+                logprobs = {"tokens": ["a", "b"], "top_logprobs": top}
                 return {"object": "text_completion", "choices": [{"text": text, "logprobs": logprobs}]}
             case "/tokenize":
                 return {"tokens": [1, 2, 3]}
+            case "/detokenize":
+                return {"prompt": "".join(map(chr, body["tokens"]))}
             case _:
                 return {"text": text}
 
@@ -352,6 +365,8 @@ def until_fixture() -> Callable[..., Any]:
 @pytest.fixture(scope="session", autouse=True)
 def quick_garbage_collection() -> None:
     """PyTorch and its like are not looked through again each time that a test leaves cycles behind."""
+    import hypothesis  # noqa: F401 (pytest imports it at the end, when it would miss what is frozen, and warn)
+
     gc.collect()
     gc.freeze()
 

@@ -288,7 +288,7 @@ async def test_a_streamed_failure_of_ours_is_logged_and_not_told(world, adapters
 
 
 async def test_a_long_registration_keeps_the_stream_open(world, adapters, monkeypatch, until):
-    monkeypatch.setattr("serving.endpoints.experts.HEARTBEAT", 0.01)
+    monkeypatch.setattr("serving.endpoints.streams.HEARTBEAT", 0.01)
     world.engine.gate.clear()
     call = world.call("/v1/experts", from_folder(adapters[3]), query=b"stream=true")
     seen = b""

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from eval.asking import Prompt
 from eval.examples import Example
 from eval.records import TaskInfo
-from eval.rows import NoData, Row, rows_of
+from eval.rows import NoData, Row, Unreachable, rows_of
 from eval.suite import Suite, Task
 from eval.templates import BadTemplate, evaluate, render
 
@@ -56,11 +56,16 @@ def examples_of(
     chosen = [task for task in suite.tasks if tasks is None or task.name in tasks]
     readers = []
     seen: dict[str, str] = {}
+    reachable = True
     for done, task in enumerate(chosen):
         tell(f"reading {task.name}", done, len(chosen))
         most = min((each for each in (limit, suite.limit, task.limit) if each is not None), default=None)
-        readers.append(_Reader(task, suite.names, seen, most, local))
-        readers[-1].read()
+        reader = _Reader(task, suite.names, seen, most, local)
+        readers.append(reader)
+        if reachable or task.data.hub is None or task.data.hub in (local or {}):
+            reachable = reader.read() and reachable
+        else:
+            reader.problems.append(f"{task.place}: {task.name}.data: {task.data} was not tried then")
     if problems := [problem for reader in readers for problem in reader.problems]:
         raise BadData(problems)
     return tuple(each for reader in readers for each in reader.examples), tuple(reader.info() for reader in readers)
@@ -86,7 +91,8 @@ class _Reader:
         self._limit = limit
         self._local = local
 
-    def read(self) -> None:
+    def read(self) -> bool:
+        """False when the Hub cannot be reached: a minute is lost on each data set that is looked for."""
         task = self._task
         read = 0
         try:
@@ -100,7 +106,7 @@ class _Reader:
                     break
         except NoData as error:
             self.problems.append(f"{task.place}: {task.name}.data: {error}")
-            return
+            return not isinstance(error, Unreachable)
         if not self.examples and not self.problems:
             why = f"none of its {read} rows can be used" if read else "it has no rows"
             if read and task.where and not self.left_out:
@@ -108,6 +114,7 @@ class _Reader:
             self.problems += [f"{task.place}: {task.name}.data: {task.data}: {why}", *self.left_out[:SHOWN]]
         if len(self.problems) == SHOWN:
             self.problems.append(f"{task.place}: {task.name}: {SHOWN} bad rows; it was not read further")
+        return True
 
     def info(self) -> TaskInfo:
         owners = dict.fromkeys(owner for example in self.examples for owner in example.owners)

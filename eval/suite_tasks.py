@@ -74,7 +74,7 @@ class _Entry:
             self._problem((), str(error))
             return None
         if told.get("experts") == "all":
-            told["experts"] = self._names
+            told["experts"] = self._names or ["all"]
         try:
             task = Task.model_validate(told)
         except ValidationError as error:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from eval.run_cli import run
 from router.encoder import Backend
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ _err = Console(stderr=True)
 PAIRS = 10  # confusions that the terminal shows; the JSON has all
 NAMED = 5  # tasks that a warning names
 MARGIN, COLUMN = 17, 23  # characters of the table's first column and of each router's
+
+
+app.command()(run)
 
 
 @app.callback()

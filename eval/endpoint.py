@@ -109,6 +109,16 @@ class Endpoint:
         except OpenAIError as error:
             raise EngineGone(f"{self._url}: {told(error)}") from error
 
+    async def digests(self) -> dict[str, str]:
+        """Of the experts' contents, by name, where the endpoint is a Moerge server."""
+        from openai import OpenAIError
+
+        try:
+            found = cast(dict[str, Any], await self._client.get("/experts", cast_to=object))
+            return {row["name"]: row["digest"] for row in found["data"]}
+        except (OpenAIError, TypeError, KeyError):
+            return {}
+
     async def _asked(self, ask: Ask) -> Reply:
         from openai import APIConnectionError, APIStatusError, OpenAIError
 

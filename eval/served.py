@@ -20,7 +20,7 @@ import httpx
 import yaml
 
 from adapters_registry.manifest import BaseRef
-from adapters_registry.proposal import FolderSource, Proposal
+from adapters_registry.proposal import FolderSource, HubSource, Proposal
 from eval.asking import EngineGone
 from eval.endpoint import CONCURRENCY, Endpoint
 
@@ -35,6 +35,9 @@ RANDOM = 4
 #: The server's section `engine`, unless a suite says otherwise: blends of many experts need rank.
 ENGINE: dict[str, Any] = {"slots": 16, "resident": 64, "max_rank": 256}
 
+#: The command, whatever the PATH.
+MOERGE = (sys.executable, "-m", "serving.cli")
+
 Tell = Callable[[str, int, int], None]
 
 
@@ -42,22 +45,38 @@ Tell = Callable[[str, int, int], None]
 async def served(
     suite: Suite,
     experts: Sequence[Expert],
+    random: Mapping[str, Path],
     folder: Path,
     *,
     tell: Tell = lambda what, done, total: None,
     concurrency: int = CONCURRENCY,
 ) -> AsyncIterator[Endpoint]:
-    """Registry, configuration and log are in `folder / "server"`, so that it starts quicker the next time.
+    """Registry, configuration and log are in `folder`, so that it starts quicker the next time.
 
+    `random` are the folders of further adapters (`random_adapters`), by name.
     Raises EngineGone when it does not start, with the end of its log.
     """
-    place = folder / "server"
-    place.mkdir(parents=True, exist_ok=True)
-    engine = {**ENGINE, **suite.engine}
-    config = await asyncio.to_thread(prepare, suite, experts, place, engine)
+    engine = engine_settings(suite)
+    config = await asyncio.to_thread(prepare, suite, random, folder, engine)
     port = free_port()
-    command = [sys.executable, "-m", "serving.cli", "serve", "--config", str(config), "--port", str(port)]
-    log = place / "server.log"
+    log = folder / "server.log"
+    async with child([*MOERGE, "serve", "--config", str(config), "--port", str(port)], log) as warden:
+        await ready(f"http://127.0.0.1:{port}", warden, log, tell)
+        await check_experts(f"http://127.0.0.1:{port}", experts, log)
+        if suite.statistics:
+            await measure_statistics(suite, config, folder, tell)
+        async with Endpoint(
+            f"http://127.0.0.1:{port}/v1",
+            base=suite.base_model.name,
+            engine_id=engine_id(suite.base_model, engine),
+            concurrency=concurrency,
+        ) as endpoint:
+            yield endpoint
+
+
+@asynccontextmanager
+async def child(command: Sequence[str], log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that ends with the block, and with this process, however that ends; it says everything to `log`."""
     with log.open("wb") as stream:
         warden = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "eval.warden", *command),
@@ -68,21 +87,16 @@ async def served(
             start_new_session=True,  # Ctrl-C is ours
         )
     try:
-        await ready(f"http://127.0.0.1:{port}", warden, log, tell)
-        await check_experts(f"http://127.0.0.1:{port}", experts, log)
-        if suite.statistics:
-            await measure_statistics(suite, config, place, tell)
-        async with Endpoint(
-            f"http://127.0.0.1:{port}/v1",
-            base=suite.base_model.name,
-            engine_id=engine_id(suite.base_model, engine),
-            concurrency=concurrency,
-        ) as endpoint:
-            yield endpoint
+        yield warden
     finally:
         assert warden.stdin is not None
         warden.stdin.close()
         await warden.wait()
+
+
+def engine_settings(suite: Suite) -> dict[str, Any]:
+    """Of the server, its section `engine`."""
+    return {**ENGINE, **suite.engine}
 
 
 def environment() -> dict[str, str]:
@@ -126,19 +140,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def prepare(suite: Suite, experts: Sequence[Expert], place: Path, engine: Mapping[str, Any]) -> Path:
+def prepare(suite: Suite, random: Mapping[str, Path], folder: Path, engine: Mapping[str, Any]) -> Path:
     """Writes what the server is told; a registry of other experts is begun anew. The configuration's path."""
-    content = {"base_model": base_entry(suite.base_model), "experts": [entry(each) for each in suite.experts]}
-    content["experts"] += [
-        {"name": name, "source": str(path), "allow_base_mismatch": True}
-        for name, path in random_adapters(experts, place / "random").items()
-    ]
-    manifest, data = place / "manifest.yaml", place / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [{"name": name, "source": str(path), "allow_base_mismatch": True} for name, path in random.items()]
+    content = {
+        "base_model": base_entry(suite.base_model),
+        "experts": [*(entry(each) for each in suite.experts), *others],
+    }
+    manifest, data = folder / "manifest.yaml", folder / "data"
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     if not manifest.is_file() or manifest.read_text(encoding="utf-8") != text:
         shutil.rmtree(data, ignore_errors=True)
         manifest.write_text(text, encoding="utf-8")
-    config = place / "config.yaml"
+    config = folder / "config.yaml"
     settings = {
         "manifest": str(manifest.resolve()),
         "engine": dict(engine),
@@ -175,6 +190,7 @@ def entry(expert: Proposal) -> dict[str, Any]:
     if isinstance(source, FolderSource):
         where = str(source.path)
     else:
+        assert isinstance(source, HubSource)  # a manifest has no uploads
         revision = f"@{source.revision}" if source.revision else ""
         where = f"hub:{source.repo}{revision}" + (f"#{source.subfolder}" if source.subfolder else "")
     told = expert.model_dump(
@@ -215,28 +231,16 @@ async def check_experts(url: str, experts: Sequence[Expert], log: Path) -> None:
         )
 
 
-async def measure_statistics(suite: Suite, config: Path, place: Path, tell: Tell) -> None:
+async def measure_statistics(suite: Suite, config: Path, folder: Path, tell: Tell) -> None:
     """`moerge expert stats` of those that are not measured yet. An expert without samples has none."""
     tell("measuring the experts' statistics", 0, 0)
     kind = suite.statistics[0] if len(set(suite.statistics)) == 1 else "both"
-    command = ["expert", "stats", *suite.names, "--kind", kind, "--config", str(config)]
-    log = place / "statistics.log"
-    with log.open("wb") as stream:
-        warden = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "eval.warden", sys.executable, "-m", "serving.cli", *command),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=stream,
-            stderr=stream,
-            env=environment(),
-            start_new_session=True,
-        )
-    try:
+    log = folder / "statistics.log"
+    async with child(
+        [*MOERGE, "expert", "stats", *suite.names, "--kind", kind, "--config", str(config)], log
+    ) as warden:
         if await warden.wait() not in (0, 1):  # 1: somebody had to be left out, which its blends will say
             raise EngineGone(f"The statistics could not be measured. {log} ends with:\n{tail(log)}")
-    finally:
-        assert warden.stdin is not None
-        warden.stdin.close()
-        await warden.wait()
     await asyncio.sleep(NOTICE)
 
 

@@ -18,6 +18,7 @@ from adapters_registry.lora import CONFIG
 from router.blending import LINEAGE, OPERATORS, BlendError, Report, blend, blend_digest
 from router.blending.checking import check_blend, read_lineage
 from router.blending.plan import make_plan as plan_blend
+from router.blending.plan import merged
 from router.composite import CompositeError, Part, check_composite, compose, composite_digest, statistics_key
 from router.composite import plan as plan_composite
 from router.composite.statistics import tables_of
@@ -211,16 +212,6 @@ def recipe_of(decision: Decision, given: Stored | None = None) -> Recipe:
         compress=decision.compress,
         given=None if given is None else Given(given),
     )
-
-
-def merged(parts: Sequence[Part], weights: Sequence[float]) -> tuple[list[Part], list[float]]:
-    """The same adapter under several names is one member, with their weights added up; the first name stays."""
-    first: dict[str, Part] = {}
-    total: dict[str, float] = {}
-    for part, weight in zip(parts, weights, strict=True):
-        first.setdefault(part.digest, part)
-        total[part.digest] = total.get(part.digest, 0.0) + weight
-    return list(first.values()), list(total.values())
 
 
 def described(report: Report) -> str:

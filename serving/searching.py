@@ -12,10 +12,11 @@ from adapters_registry.expert import Expert
 from adapters_registry.registry import Registry
 from router.blending import Report, blend, blend_digest, lorahub, soup
 from router.blending.operators import operator_of
+from router.blending.plan import merged
 from router.blending.search import Found
 from router.composite import Part
 from serving.labelled import Judgement
-from serving.recipes import merged, part_of
+from serving.recipes import part_of
 
 #: Judgement -> what a search makes as small as it can.
 COSTS: Mapping[str, Callable[[Judgement], float]] = {

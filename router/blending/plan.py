@@ -100,6 +100,16 @@ class Plan:
         return found
 
 
+def merged(parts: Sequence[Part], weights: Sequence[float]) -> tuple[list[Part], list[float]]:
+    """The same adapter under several names is one member, with their weights added up; the first name stays."""
+    first: dict[str, Part] = {}
+    total: dict[str, float] = {}
+    for part, weight in zip(parts, weights, strict=True):
+        first.setdefault(part.digest, part)
+        total[part.digest] = total.get(part.digest, 0.0) + weight
+    return list(first.values()), list(total.values())
+
+
 def mask_seed(seed: int, digest: str, module: str) -> int:
     """63 bits that depend on the seed, the member's content and the module, not on who else is in the blend."""
     key = hashlib.sha256(f"{seed}\0{digest}\0{module}".encode()).digest()

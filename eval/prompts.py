@@ -122,6 +122,15 @@ def read_prompts(files: Files) -> Prompts:
     )
 
 
+def read_samples(files: Files) -> dict[str, tuple[str, ...]]:
+    """What the registering rows alone give each task. Raises BadPrompts."""
+    problems: list[str] = []
+    samples, _ = _registered(files, problems)
+    if problems:
+        raise BadPrompts(problems)
+    return samples
+
+
 def _registered(files: Files, problems: list[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """The samples and the descriptions of every task, tasks in the order of their names."""
     rows = _rows(files.register, problems, split=("register", "train"), other=files.test)

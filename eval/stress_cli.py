@@ -1,0 +1,136 @@
+"""`moerge eval stress`: does routing hold when experts come twice, are in the way, or are many?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from router.encoder import Backend
+
+if TYPE_CHECKING:
+    from eval.intervals import Estimate
+    from eval.prompts import Files, Prompts
+    from eval.stress import Row, Samples
+
+
+def stress(
+    register: Annotated[
+        list[Path] | None,
+        typer.Option(help="Rows to register experts with, JSONL; repeatable. None: the quickstart's."),
+    ] = None,
+    test: Annotated[list[Path] | None, typer.Option(help="Rows to route; repeatable.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="Column with the text, 'instance' if not given; repeatable.")
+    ] = None,
+    ood: Annotated[list[Path] | None, typer.Option(help="Rows that belong to no expert; repeatable.")] = None,
+    distractors: Annotated[
+        list[Path] | None,
+        typer.Option(help="Rows of other tasks, each an expert in the way; repeatable. None: made up."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rows of each task and file to register.")] = 20,
+    times: Annotated[int, typer.Option(min=1, help="Distractors for each expert, at most.")] = 10,
+    count: Annotated[
+        list[int] | None, typer.Option(min=2, help="Experts in one library; repeatable. 5, 17, 50, 150, 500.")
+    ] = None,
+    router: Annotated[
+        list[str] | None,
+        typer.Option(help="'retrieval' or 'retrieval:scoring=best,k=5'; repeatable. 'all': every one that there is."),
+    ] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="OUT", help="Result as JSON; '-': stdout.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Folder or Hub id; the packaged one if not given.")] = None,
+    backend: Annotated[Backend, typer.Option(help="What runs it.")] = "auto",
+    resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn: libraries, distractors, the bootstrap.")] = 0,
+    cache: Annotated[bool, typer.Option(help="Keep encodings on disk for the next time.")] = True,
+) -> None:
+    """Put routers under stress: every expert twice, ten distractors to each, more and fewer experts.
+
+    Text alone, as `moerge eval routing`; every figure comes with a 95 % bootstrap interval over tasks.
+    """
+    from eval import cli
+    from eval.encodings import Remembering, default_folder
+    from eval.prompts import BadPrompts, Files
+    from eval.stress import COUNTS, trials
+    from eval.stress import stress as measure
+    from router.encoder import load_encoder
+    from router.errors import RouterError
+
+    if bool(register) != bool(test):
+        cli._fail("--register and --test go together; without them the quickstart's prompts are taken.")
+    files = Files(
+        register=tuple(register or ()),
+        test=tuple(test or ()),
+        ood=tuple(ood or ()),
+        fields=tuple(field or ("instance",)),
+        samples=samples,
+    )
+    specs = [spec for given in router or cli._default() for spec in cli.specs_of(given)]
+    if json_file not in (None, "-"):
+        cli._writable(Path(str(json_file)))
+    try:
+        prompts, others = _read(files, tuple(distractors or ()))
+    except BadPrompts as error:
+        cli._fail(str(error))
+    for line in cli.warnings(prompts):
+        cli._err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    tried = trials(prompts, counts=tuple(count or COUNTS), times=times, distractors=others, seed=seed)
+    with cli.progress_bar() as tell:
+        try:
+            remembering = Remembering(load_encoder(encoder, backend=backend), default_folder() if cache else None)
+            texts = [*prompts.texts(), *(text for texts in others.values() for text in texts)]
+            remembering.prepare(texts, lambda done, total: tell("encoding", done, total))
+            each = partial(measure, resamples=resamples, seed=seed, tell=tell)
+            rows = [row for spec in specs for row in each(spec, prompts, remembering, tried)]
+        except RouterError as error:
+            cli._fail(str(error))
+    document = {
+        "rows": [row.json() for row in rows],
+        "ran": {
+            **cli.ran(files, prompts, remembering.id, resamples, seed),
+            "distractors": [str(path) for path in distractors or ()],
+            "times": times,
+        },
+    }
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    if json_file == "-":
+        typer.echo(text)
+        return
+    if json_file:
+        Path(json_file).write_text(text + "\n", encoding="utf-8")
+    for spec in specs:
+        cli._out.print(table(spec.name, [row for row in rows if row.router == spec.name]))
+    told = f"{len(prompts.test)} prompts, {len(prompts.ood)} out of domain; [low, high]: 95 %"
+    cli._out.print(told, markup=False, highlight=False)
+
+
+def _read(files: Files, distractors: tuple[Path, ...]) -> tuple[Prompts, Samples]:
+    """The prompts, and the samples of tasks that are only in the way. Raises BadPrompts."""
+    from eval.prompts import read_prompts, read_samples
+    from eval.routebench import quickstart_set
+
+    prompts = read_prompts(files) if files.register else quickstart_set()
+    others = read_samples(replace(files, register=distractors, test=())) if distractors else {}
+    return prompts, {task: texts for task, texts in others.items() if texts}
+
+
+def table(name: str, rows: Sequence[Row]) -> Table:
+    """A row to a trial; of the control, by how much the share of rightly routed prompts changed."""
+    shown = [metric for metric in rows[0].metrics if metric != "top3"]
+    found = Table("trial", "experts", *shown, "routed, change", title=name)
+    for row in rows:
+        cells = [_cell(row.metrics[metric], 1 if metric.endswith("_ms") else 3) for metric in shown]
+        change = _cell(row.change, 3, "+") if row.change else ""
+        beside = f"{row.trial} (to: {row.control})" if row.control not in (None, "all") else row.trial
+        found.add_row(beside, str(row.experts), *cells, change)
+    return found
+
+
+def _cell(each: Estimate, digits: int, sign: str = "") -> str:
+    return f"{each.value:{sign}.{digits}f} [{each.low:{sign}.{digits}f}, {each.high:{sign}.{digits}f}]"

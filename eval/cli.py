@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from eval.report.cli import report
 from eval.run_cli import run
+from eval.stress_cli import stress
 from router.encoder import Backend
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ MARGIN, COLUMN = 17, 23  # characters of the table's first column and of each ro
 
 
 app.command()(run)
+app.command()(report)
+app.command()(stress)
 
 
 @app.callback()

@@ -240,7 +240,7 @@ def confusions(grid: Grid, most: int = 3) -> str:
 def gated(found: Gates) -> Picture:
     rows = tuple(_group(name) for name in found.weights.rows)
     caption = said(
-        f"""The gate {found.gate} of {found.router}: the mean weight that each group of modules gave each expert, over
+        f"""{found.router}, gate {found.gate}: the mean weight that each group of modules gave each expert, over
         {len(found.tokens)} traced prompts; groups are in the order of computation."""
     )
     key = f"gates-{slug(found.router)}"

@@ -36,7 +36,7 @@ def heat_map(
     top = (widest if upright else 10) + 12 + (14 if columns else 0)
     below = 40
     width, height = left + cell * len(grid.columns) + 12, top + ROW * len(grid.rows) + below
-    width = max(width, left + 150)
+    width = max(width, left + 150 + LETTER * len(label))
     figure = new_figure(width, height)
     axes = figure.add_axes(
         (left / width, below / height, cell * len(grid.columns) / width, ROW * len(grid.rows) / height)

@@ -150,7 +150,7 @@ def _cells(row: Row, names: Sequence[str], best: Mapping[str, float | None]) -> 
         yield Cell()
     else:
         each = told.estimate
-        interval = _ends(_share(each.low, "+"), _share(each.high, "+"))
+        interval = _ends(_share(each.low), _share(each.high))
         yield Cell(_share(each.value, "+"), each.value, interval, mark=told.mark)
     for place in (row.borda_place, row.kemeny_place):
         yield Cell(str(place), place) if place else Cell()
@@ -168,13 +168,19 @@ def _figure(name: str, figure: Estimate | None, best: float | None) -> Cell:
 
 
 def _ends(low: str, high: str) -> str:
-    """Short enough to stand under their figure, without the 0 before the point."""
-    low, high = (text.replace("0.", ".") if text.lstrip("+" + MINUS).startswith("0.") else text for text in (low, high))
-    return f"{low}\N{EN DASH}{high}" if MINUS not in high else f"{low} to {high}"
+    """Short enough to stand under their figure: without the 0 before the point."""
+    return f"[{', '.join(text.replace('0.', '.') if abs(_number(text)) < 1 else text for text in (low, high))}]"
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text.replace(MINUS, "-").replace(",", ""))
+    except ValueError:  # with a prefix: `2.21 G`
+        return 1.0
 
 
 def _share(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f}".replace("-", MINUS)
+    return f"{value:{sign}.3f}".replace("-", MINUS) if round(value, 3) else "0.000"
 
 
 def _count(value: float) -> str:

@@ -185,7 +185,9 @@ def coverage(curves: Mapping[str, Curve], named: Sequence[str], name: str, alt: 
                     "label": short(router, 34),
                     "zorder": 3,
                 }
-                axes.plot(curve.answered[-1], values[-1], MARKERS[place], color=SERIES[place], markersize=4.5)
+                axes.plot(
+                    curve.answered[-1], values[-1], MARKERS[place], color=SERIES[place], markersize=4.5, clip_on=False
+                )
             else:
                 look = {"color": RULE, "linewidth": 1, "zorder": 1}
             axes.plot(curve.answered, values, **look)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from router.markup import turns_of
+
 # all-MiniLM-L6-v2 reads 256 word pieces, about 1,000 characters of English.
 BUDGET = 1000
 JOINT = "\n\n"
@@ -30,10 +32,12 @@ def routing_text(request: Any, budget: int = BUDGET) -> str:
     `request` is the JSON body of chat completions or Anthropic messages (`messages`, `system`),
     responses (`input`, `instructions`) or completions (`prompt`); a bare list of messages or a bare
     prompt will do. Several prompts of one completions request are read as one text; an instruction like
-    "You are a helpful assistant." is left out.
+    "You are a helpful assistant." is left out. Where a chat template has been applied to a prompt, its turns are read.
     """
     body = request if isinstance(request, dict) else {"messages": request}
     turns = next((body[key] for key in ("messages", "input", "prompt") if body.get(key)), "")
+    if isinstance(turns, str):
+        turns = turns_of(turns) or turns
     messages = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
 
     told = [body.get("system"), body.get("instructions")]

@@ -37,6 +37,7 @@ from serving.errors import BadRequest, error_response
 from serving.extension import Extension, take_extension
 from serving.probing import probe
 from serving.service import Service
+from serving.tokens import in_words
 from serving.traces import trace_of
 
 logger = logging.getLogger("moerge.request")
@@ -157,8 +158,9 @@ class Inference:
             raise EngineUnavailable(service.failure)
         if exchange.path in TOKEN_PATHS and is_routed(model):
             model, extension = service.engine.base_model, Extension()
-        turn = await turn_of(service, model, changed, caller, extension)
-        settled = await decide(service, model, changed, caller, extension=extension, turn=turn, live=True)
+        words = await in_words(service, changed) if is_routed(model) else changed
+        turn = await turn_of(service, model, words, caller, extension)
+        settled = await decide(service, model, words, caller, extension=extension, turn=turn, live=True)
         exchange.decision = decision = service.groups.within(settled)
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -177,7 +179,7 @@ class Inference:
                 exchange.trace = decision.id
                 stack.enter_context(service.traces.expected(decision.id))
             if decision.method != NAMED:
-                service.feedback.record(decision, read_text(service, changed), caller.tenant)
+                service.feedback.record(decision, read_text(service, words), caller.tenant)
             exchange.traced = exchange.trace is not None or decision.id in service.traces
             yield with_arguments({**changed, "model": name}, arguments(decision, exchange.trace))
             if exchange.trace is not None and (found := await service.engine.trace(exchange.trace)) is not None:

@@ -74,6 +74,7 @@ JSON = st.recursive(
             id="Anthropic, a tool result is not what the user said",
         ),
         pytest.param({"prompt": "Once upon"}, "Once upon", id="completions"),
+        pytest.param({"prompt": "<|user|>Hi<|assistant|>Hello"}, "Hi", id="completions, a template applied"),
         pytest.param({"prompt": ["One", "Two"]}, "One\nTwo", id="completions, several prompts"),
         pytest.param({"prompt": [1, 2, 3]}, "", id="completions, token ids"),
         pytest.param({"input": "Hi", "instructions": "Be brief."}, "Be brief.\n\nHi", id="responses"),

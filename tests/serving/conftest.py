@@ -220,7 +220,7 @@ class FakeEngine:
             case "/tokenize":
                 return {"tokens": [1, 2, 3]}
             case "/detokenize":
-                return {"prompt": "".join(map(chr, body["tokens"]))}
+                return {"prompt": "".join(map(chr, body.get("tokens", ())))}
             case _:
                 return {"text": text}
 

@@ -107,6 +107,55 @@ async def test_tokens_can_be_counted_for_a_named_expert(world):
     assert world.engine.asked[-1].body["model"].startswith("reverse@")
 
 
+# Prompts of token ids: the fake engine's tokens are characters
+
+
+def ids(text):
+    return [ord(letter) for letter in text]
+
+
+@pytest.mark.parametrize("prompt", [ids(REVERSE), [ids(REVERSE)], [ids("spell "), ids("cherry backwards")]])
+async def test_token_ids_are_routed_by_their_words_and_sent_on_as_they_are(world, prompt):
+    response = await world.http.post("/v1/completions", json={"model": "auto", "prompt": prompt})
+    assert response.json()["model"] == "reverse"
+    assert world.engine.asked[-1].body["prompt"] == prompt
+    asked = world.engine.asked[-2]
+    assert (asked.path, asked.body) == ("/detokenize", {"model": "tiny", "tokens": ids(REVERSE)})
+
+
+async def test_no_more_token_ids_are_read_than_a_router_reads(serve):
+    async with serve(router={"budget": 24}) as world:
+        prompt = ids(f"spell cherry {'x' * 1000} backwards")
+        response = await world.http.post("/v1/completions", json={"model": "auto", "prompt": prompt})
+        assert response.status_code == 200
+        assert world.engine.asked[0].body["tokens"] == prompt[:24] + prompt[-24:]
+
+
+async def test_a_named_expert_s_token_ids_are_not_read(world):
+    await world.http.post("/v1/completions", json={"model": "reverse", "prompt": ids("x")})
+    assert [each.path for each in world.engine.asked] == ["/v1/completions"]
+
+
+async def test_token_ids_are_explained_as_they_are_routed(world):
+    explained = (await world.http.post("/v1/route", json={"prompt": ids(REVERSE)})).json()
+    assert explained["text"] == REVERSE
+    assert [each["expert"] for each in explained["decision"]["experts"]] == ["reverse"]
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [[1], 2], [True], [None]])
+async def test_what_are_no_token_ids_is_left_to_the_engine(world, prompt):
+    response = await world.http.post("/v1/completions", json={"model": "auto", "prompt": prompt})
+    assert response.status_code == 200
+    assert [each.path for each in world.engine.asked] == ["/v1/completions"]
+
+
+async def test_token_ids_that_the_engine_does_not_know_are_left_to_it_too(world):
+    world.engine.answer = (400, {"error": {"message": "no such token"}})
+    response = await world.http.post("/v1/completions", json={"model": "auto", "prompt": [10**9]})
+    assert response.status_code == 400
+    assert [each.path for each in world.engine.asked] == ["/detokenize", "/v1/completions"]
+
+
 # What the engine is asked
 
 
@@ -278,7 +327,7 @@ async def test_a_huge_body_is_refused_before_it_is_read(serve, declared):
 )
 async def test_a_request_without_text_goes_to_the_base_model_which_judges_it(world, body):
     response = await world.http.post("/v1/chat/completions", json={"model": "auto", **body})
-    assert world.engine.asked[0].body == {**body, "model": "tiny"}
+    assert world.engine.asked[-1].body == {**body, "model": "tiny"}
     assert response.headers["x-moerge-experts"] == ""
 
 

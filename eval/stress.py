@@ -96,7 +96,7 @@ def trials(
     counts: Sequence[int] = COUNTS,
     times: int = TIMES,
     distractors: Samples | None = None,
-    seed: int,
+    seed: int = 0,
 ) -> list[Trial]:
     """All of them. `distractors` are experts for other tasks; without any, they are made up of samples of all experts.
 

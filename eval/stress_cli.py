@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -94,7 +95,10 @@ def stress(
         "rows": [row.json() for row in rows],
         "ran": {
             **cli.ran(files, prompts, remembering.id, resamples, seed),
-            "distractors": [str(path) for path in distractors or ()],
+            "distractors": [
+                {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+                for path in distractors or ()
+            ],
             "times": times,
         },
     }

@@ -65,7 +65,7 @@ def examples_of(
         if reachable or task.data.hub is None or task.data.hub in (local or {}):
             reachable = reader.read() and reachable
         else:
-            reader.problems.append(f"{task.place}: {task.name}.data: {task.data} was not tried then")
+            reader.problems.append(f"{task.place}: {task.name}.data: {task.data} was not looked for after that")
     if problems := [problem for reader in readers for problem in reader.problems]:
         raise BadData(problems)
     return tuple(each for reader in readers for each in reader.examples), tuple(reader.info() for reader in readers)
@@ -92,7 +92,7 @@ class _Reader:
         self._local = local
 
     def read(self) -> bool:
-        """False when the Hub cannot be reached: a minute is lost on each data set that is looked for."""
+        """False when the Hub cannot be reached, which takes half a minute for every data set that is tried."""
         task = self._task
         read = 0
         try:

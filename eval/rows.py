@@ -23,7 +23,7 @@ class NoData(Exception):
 
 
 class Unreachable(NoData):
-    """A data set that is not here, of a Hub that cannot be reached."""
+    """A data set that is not here, after half a minute of trying to reach the Hub."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def _loaded(data: Data, path: Path | None) -> Any:
     try:
         return datasets.load_dataset(**told)
     except Exception as error:  # a dozen kinds, of three libraries
-        why = NoData if path is not None or not isinstance(error, ConnectionError) else Unreachable
-        raise why(_why(data, path, error)) from error
+        slow = path is None and isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
+        raise (Unreachable if slow else NoData)(_why(data, path, error)) from error
 
 
 def _why(data: Data, path: Path | None, error: Exception) -> str:

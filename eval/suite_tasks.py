@@ -78,8 +78,8 @@ class _Entry:
         try:
             task = Task.model_validate(told)
         except ValidationError as error:
-            for each_error in error.errors():
-                self._problem(each_error["loc"], each_error["msg"])
+            for refused in error.errors():
+                self._problem(refused["loc"], refused["msg"].removeprefix("Value error, "))
             return None
         self._check(task)
         task = task.model_copy(update={"data": self._data(task.data)})

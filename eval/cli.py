@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from eval.compare_cli import compare, gate, table
 from eval.report.cli import report
 from eval.run_cli import run
 from eval.stress_cli import stress
@@ -38,6 +39,8 @@ MARGIN, COLUMN = 17, 23  # characters of the table's first column and of each ro
 app.command()(run)
 app.command()(report)
 app.command()(stress)
+for command in (table, compare, gate):
+    app.command()(command)
 
 
 @app.callback()

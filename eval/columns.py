@@ -55,21 +55,34 @@ class Columns:
         return self.values[name].astype(np.int64)
 
     def of(self, regime: Regime) -> Columns:
-        return self._kept(self.values["regime"] == REGIMES.index(regime))
+        return self.where(self.values["regime"] == REGIMES.index(regime))
 
     def about(self, wanted: Sequence[bool] | Bools) -> Columns:
         """Only records of these examples (E,), as if there were no others."""
-        kept = np.asarray(wanted, bool)
-        number = np.cumsum(kept) - 1
-        fewer = self._kept(kept[self.values["example"]])
-        examples = tuple(each for each, keep in zip(self.examples, kept, strict=True) if keep)
-        return replace(
-            fewer,
-            examples=examples,
-            values={**fewer.values, "example": number[fewer.values["example"]].astype(np.int32)},
-        )
+        return self.numbered(np.flatnonzero(np.asarray(wanted, bool)).tolist())
 
-    def _kept(self, rows: Bools) -> Columns:
+    def numbered(self, order: Sequence[int]) -> Columns:
+        """Only records of these examples, which get the numbers that they have in `order`."""
+        number = np.full(len(self.examples), -1, np.int64)
+        number[list(order)] = np.arange(len(order))
+        kept = self.where(number[self.ints("example")] >= 0)
+        values = {**kept.values, "example": number[kept.ints("example")]}
+        return replace(kept, examples=tuple(self.examples[each] for each in order), values=values)
+
+    def renamed(self, names: Mapping[str, str], routers: Sequence[str]) -> Columns:
+        """Only records of the routers that `names` has, under their new names, which are among `routers`."""
+        places = {name: place for place, name in enumerate(routers)}
+        number = np.array([places[names[each]] if each in names else -1 for each in self.routers] or [-1], np.int64)
+        kept = self.where(number[self.ints("router")] >= 0)
+        return replace(kept, routers=tuple(routers), values={**kept.values, "router": number[kept.ints("router")]})
+
+    def joined(self, others: Sequence[Columns]) -> Columns:
+        """With the records of others, of the same examples and routers, after its own."""
+        every = [self, *others]
+        return replace(self, values={name: np.concatenate([one.values[name] for one in every]) for name in self.values})
+
+    def where(self, rows: Bools) -> Columns:
+        """Only these records (n,)."""
         return replace(self, values={name: column[rows] for name, column in self.values.items()})
 
 

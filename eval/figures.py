@@ -6,11 +6,14 @@ line of a fraction, (E, S) each; 0 / 0 where a system has nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from eval.intervals import CHUNK, Draws, Estimate, Floats, Rows, interval
+
+DIGITS = 10
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,32 @@ class Parts:
         return _ratio(*self.sums(draws.tasks, draws.count))
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """A figure of every system (S,), and in every bootstrap sample (R, S), drawn alike for all. NaN: nothing."""
+
+    value: Floats
+    drawn: Floats
+
+    @classmethod
+    def nothing(cls, systems: int) -> Sampled:
+        return cls.certain(np.full(systems, np.nan))
+
+    @classmethod
+    def certain(cls, value: Floats) -> Sampled:
+        return cls(value, value[None])
+
+    def gained(self, systems: Sequence[int], others: Sequence[int]) -> Sampled:
+        """How much more each of `systems` has than the one of `others` that it is paired with."""
+        return Sampled(self.value[systems] - self.value[others], self.drawn[:, systems] - self.drawn[:, others])
+
+    def estimates(self) -> list[Estimate]:
+        """Rounded: the last digits of a sum depend on how many threads add it up."""
+        ends = (np.where(np.isnan(end), self.value, end) for end in interval(self.drawn))
+        figures = np.round([self.value, *ends], DIGITS) + 0.0  # no -0
+        return [Estimate(*map(float, each)) for each in figures.T]
+
+
 def _summed(values: Floats, units: Rows, count: int) -> Floats:
     result = np.zeros((count, values.shape[1]))
     np.add.at(result, units, values)
@@ -55,14 +84,14 @@ def mean(values: Floats, axis: int) -> Floats:
     return _ratio(parts.above.sum(axis=axis), parts.below.sum(axis=axis))
 
 
-def pooled(parts: Parts, draws: Draws) -> list[Estimate]:
+def pooled(parts: Parts, draws: Draws) -> Sampled:
     """Every prompt counts alike."""
     above, below = parts.sums(draws.of, draws.units)
     distribution = np.concatenate([_ratio(counts @ above, counts @ below) for counts in draws])
-    return estimates(parts.total, distribution)
+    return Sampled(parts.total, distribution)
 
 
-def over_tasks(parts: Parts, draws: Draws, divisor: Parts | None = None) -> list[Estimate]:
+def over_tasks(parts: Parts, draws: Draws, divisor: Parts | None = None) -> Sampled:
     """Every task counts alike: the mean over tasks of (the task's mean / the divisor's, (E, 1), if there is one)."""
 
     def told(above: Floats, below: Floats, over: Floats, under: Floats) -> Floats:
@@ -75,25 +104,25 @@ def over_tasks(parts: Parts, draws: Draws, divisor: Parts | None = None) -> list
     if draws.by_task:
         tasks = Parts.of(told(*sums(draws.tasks, draws.count)))
         distribution = np.concatenate([_ratio(counts @ tasks.above, counts @ tasks.below) for counts in draws])
-        return estimates(value, distribution)
+        return Sampled(value, distribution)
     units, members = sums(draws.of, draws.units), [draws.members(task) for task in range(draws.count)]
     distribution = np.concatenate(
         [mean(np.stack([told(*(c[:, m] @ each[m] for each in units)) for m in members]), axis=0) for c in draws]
     )
-    return estimates(value, distribution)
+    return Sampled(value, distribution)
 
 
-def quantiles(values: Floats, prompts: Rows, shares: tuple[float, ...], draws: Draws) -> list[Estimate]:
-    """The smallest value that `shares` of all values (n,) are at most; `prompts` (n,) says whose they are."""
+def quantiles(values: Floats, prompts: Rows, shares: tuple[float, ...], draws: Draws) -> Sampled:
+    """(shares,) the smallest value that such a share of all values (n,) is at most; `prompts` (n,): whose they are."""
     if not len(values):
-        return [Estimate(np.nan, np.nan, np.nan)] * len(shares)
+        return Sampled.nothing(len(shares))
     order = np.argsort(values, kind="stable")
     ascending, units = values[order], draws.of[prompts[order]]
     wanted = np.array(shares) - 1e-12  # a share of n can come out a hair above the whole number that it is
     everything = np.ones((1, draws.units))
     at = _by_search if draws.by_task else _by_sums  # search needs a number to each value and unit
     drawn = [at(ascending, units, counts, wanted) for counts in (everything, *draws)]
-    return estimates(drawn[0][0], np.concatenate(drawn[1:]))
+    return Sampled(drawn[0][0], np.concatenate(drawn[1:]))
 
 
 def _by_sums(ascending: Floats, units: Rows, counts: Floats, shares: Floats) -> Floats:
@@ -136,9 +165,3 @@ def gains(parts: Parts, draws: Draws) -> Floats:
     below = _summed(parts.below, draws.tasks, draws.count)[draws.tasks]  # (E, S) prompts of the prompt's task
     share: Floats = parts.above / np.maximum(below, 1) / tasks
     return share
-
-
-def estimates(value: Floats, distribution: Floats) -> list[Estimate]:
-    """Of (S,) figures and (R, S) figures of bootstrap samples."""
-    low, high = interval(distribution)
-    return [Estimate(*map(float, each)) for each in zip(value, low, high, strict=True)]

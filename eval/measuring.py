@@ -10,15 +10,16 @@ import numpy as np
 from scipy.stats import false_discovery_control, rankdata  # type: ignore[import-untyped]
 
 from eval.columns import Bools, Columns, Floats, loads
-from eval.figures import Parts, gains, over_tasks, pooled, quantiles
-from eval.intervals import Draws, Estimate, flipped
+from eval.figures import DIGITS, Parts, Sampled, gains, over_tasks, pooled, quantiles
+from eval.intervals import Draws, flipped
 from eval.ranking import borda, kemeny
 from eval.records import REFERENCES, Regime, RouterInfo, Run
+from eval.scoring import METRICS
 from eval.sections import FIGURES, Difference, Row, Section
 
-UNBOUNDED = ("log_likelihood",)  # metrics whose means do not go with others
+#: Metrics that are not from 0 to 1: their means do not go with others.
+UNBOUNDED = frozenset(name for name, metric in METRICS.items() if metric.needs == "likelihood")
 KNOW = ("oracle", "best-per-query")  # rows that know what is right: not ranked with those that could be served
-DIGITS = 12  # of task means that are compared: sums in another order make no difference
 
 
 class Grid:
@@ -77,15 +78,12 @@ class Measured:
         grid = Grid(columns, [info.name for info in infos])
         tasks = tuple(dict.fromkeys(self.task[self.owned]))
         asked = self.owned if regime != "in-distribution" else np.ones(len(self.owned), bool)
-        left_out = self._left_out(tasks)
-        figures = self._figures(grid, regime, left_out)
-        means = (
-            Parts.of(grid.score[self.owned]).by_task(self._draws(self.owned)) if tasks else np.zeros((0, len(infos)))
-        )
+        figures = {name: figure.estimates() for name, figure in self.figures(grid, regime).items()}
+        means = Parts.of(grid.score[self.owned]).by_task(self.draws(self.owned)) if tasks else np.zeros((0, len(infos)))
         rows = [
             Row(
                 router=info,
-                figures=figures[number],
+                figures={name: each[number] for name, each in figures.items() if not np.isnan(each[number].value)},
                 counts=self._counts(grid, number, asked),
                 tasks={task: float(mean) for task, mean in zip(tasks, means[:, number], strict=True) if mean == mean},
                 difference=difference,
@@ -98,25 +96,26 @@ class Measured:
             rows=tuple(rows),
             examples=int(asked.sum()),
             tasks=tasks,
-            drawn="tasks" if self._draws(self._comparable).by_task else "prompts",
+            drawn="tasks" if self.draws(self.comparable).by_task else "prompts",
             ranked=ranked,
             exact=exact,
             absent=tuple(info.name for info in self.run.routers if info.kind != "expert" and info.name not in seen),
-            left_out=left_out,
+            left_out=self.left_out,
         )
 
     @property
-    def _comparable(self) -> Bools:
+    def comparable(self) -> Bools:
         """(E,) prompts with scores whose mean over tasks means something."""
         return self.owned & self.judged & ~self.unbounded
 
-    def _draws(self, which: Bools) -> Draws:
+    def draws(self, which: Bools) -> Draws:
         return Draws(self.task[which].tolist(), resamples=self.resamples, seed=self.seed)
 
-    def _left_out(self, tasks: Sequence[str]) -> dict[str, str]:
+    @cached_property
+    def left_out(self) -> dict[str, str]:
         """Why a task is not in `score` or not in `normalised`."""
         reasons = {}
-        for task in tasks:
+        for task in dict.fromkeys(self.task[self.owned]):
             of_task = self.owned & (self.task == task)
             scores = self.oracle[of_task, 0]
             if self.unbounded[of_task].any():
@@ -129,13 +128,19 @@ class Measured:
                 reasons[task] = "the oracle scores 0: it is not in normalised"
         return reasons
 
-    def _figures(self, grid: Grid, regime: Regime, left_out: dict[str, str]) -> list[dict[str, Estimate]]:
+    def figures(self, grid: Grid, regime: Regime) -> dict[str, Sampled]:
+        """By name, in the order of `FIGURES`, of all rows of the grid."""
         columns, score = grid.columns, grid.score
-        comparable = self._comparable
-        normal = comparable & ~np.isin(self.task, list(left_out))
-        found: dict[str, list[Estimate]] = {}
-        found["score"] = self._over_tasks(score, comparable)
-        found["normalised"] = self._over_tasks(score, normal, self.oracle)
+        comparable = self.comparable
+        normal = comparable & ~np.isin(self.task, list(self.left_out))
+        found = {
+            "score": self._over_tasks(score, comparable),
+            "normalised": self._over_tasks(score, normal, self.oracle),
+            "abstained": self._pooled(grid.mean(columns["base"]), self.owned),
+            "flops": self._pooled(grid.mean(columns["flops"]), self.owned),
+            "loads": Sampled.certain(np.array([self._loads(grid, row) for row in range(len(grid.rows))])),
+            **self._speed(grid),
+        }
         if "best-per-query" in grid.rows:
             found["regret"] = self._pooled(score[:, [grid.rows.index("best-per-query")]] - score, comparable)
         if regime == "in-distribution":
@@ -145,49 +150,45 @@ class Measured:
                 right = ((ranks >= 1) & (ranks <= within)).astype(np.float64)
                 found[name] = self._pooled(grid.mean(right, ranking), self.owned)
             found["false_accepts"] = self._pooled(grid.mean(1 - columns["base"]), ~self.owned)
-        found["abstained"] = self._pooled(grid.mean(columns["base"]), self.owned)
-        found["flops"] = self._pooled(grid.mean(columns["flops"]), self.owned)
-        found |= self._speed(grid)
-        return [
-            {name: found[name][n] for name in FIGURES if name in found and not np.isnan(found[name][n].value)}
-            for n in range(len(grid.rows))
-        ]
+        return {name: found[name] for name in FIGURES if name in found}
 
-    def _over_tasks(self, values: Floats, which: Bools, divisor: Floats | None = None) -> list[Estimate]:
+    def _over_tasks(self, values: Floats, which: Bools, divisor: Floats | None = None) -> Sampled:
         if not which.any():
-            return _nothing(values.shape[1])
+            return Sampled.nothing(values.shape[1])
         over = None if divisor is None else Parts.of(divisor[which])
-        return over_tasks(Parts.of(values[which]), self._draws(which), over)
+        return over_tasks(Parts.of(values[which]), self.draws(which), over)
 
-    def _pooled(self, values: Floats, which: Bools) -> list[Estimate]:
-        return pooled(Parts.of(values[which]), self._draws(which)) if which.any() else _nothing(values.shape[1])
+    def _pooled(self, values: Floats, which: Bools) -> Sampled:
+        return pooled(Parts.of(values[which]), self.draws(which)) if which.any() else Sampled.nothing(values.shape[1])
 
-    def _speed(self, grid: Grid) -> dict[str, list[Estimate]]:
-        columns = grid.columns
-        latency, seconds = columns["latency"], columns["seconds"]
+    def _speed(self, grid: Grid) -> dict[str, Sampled]:
+        if not self.owned.any():
+            return {}
+        columns, draws = grid.columns, self.draws(self.owned)
+        latency, prompt = columns["latency"], (np.cumsum(self.owned) - 1)[columns.ints("example")]
         timed = ~np.isnan(latency) & self.owned[columns.ints("example")]
-        tokens, waited = grid.sums(columns["tokens"], timed), grid.sums(seconds, timed & (columns["tokens"] > 0))
-        rows = range(len(grid.rows))
-        found: dict[str, list[Estimate]] = {name: _nothing(len(rows)) for name in ("p50_ms", "p95_ms", "tokens_per_s")}
-        if self.owned.any():
-            draws = self._draws(self.owned)
-            place = np.cumsum(self.owned) - 1
-            found["tokens_per_s"] = pooled(Parts(tokens[0][self.owned], waited[0][self.owned]), draws)
-            for row in rows:
-                mine = timed & (grid.row == row)
-                prompts = place[columns.ints("example")[mine]]
-                both = quantiles(latency[mine], prompts, (0.5, 0.95), draws)
-                found["p50_ms"][row], found["p95_ms"][row] = both
-        found["loads"] = [self._loads(grid, row) for row in rows]
+        tokens, _ = grid.sums(columns["tokens"], timed)
+        waited, _ = grid.sums(columns["seconds"], timed & (columns["tokens"] > 0))
+        each = []
+        for row in range(len(grid.rows)):
+            mine = timed & (grid.row == row)
+            each.append(quantiles(latency[mine], prompt[mine], (0.5, 0.95), draws))
+        found = {"tokens_per_s": pooled(Parts(tokens[self.owned], waited[self.owned]), draws)}
+        for place, name in enumerate(("p50_ms", "p95_ms")):
+            value = np.array([one.value[place] for one in each])
+            none = np.full(self.resamples, np.nan)
+            found[name] = Sampled(
+                value,
+                np.stack([none if np.isnan(one.value[place]) else one.drawn[:, place] for one in each], axis=1),
+            )
         return found
 
-    def _loads(self, grid: Grid, row: int) -> Estimate:
+    def _loads(self, grid: Grid, row: int) -> float:
         """Of one pass over the prompts: each seed begins with nothing loaded."""
         mine = grid.row == row
         seed, adapter = grid.columns.ints("seed")[mine], grid.columns.ints("adapter")[mine]
         passes = [loads(adapter[seed == each].tolist(), self.run.resident) for each in np.unique(seed)]
-        value = float(np.mean(passes)) if passes else 0.0
-        return Estimate(value, value, value)
+        return float(np.mean(passes)) if passes else 0.0
 
     def _counts(self, grid: Grid, row: int, asked: Bools) -> dict[str, int]:
         mine = grid.row == row
@@ -209,12 +210,12 @@ class Measured:
         return sum(task.examples for task in self.run.tasks if everything or task.owners)
 
     def _differences(self, grid: Grid, infos: Sequence[RouterInfo]) -> list[Difference | None]:
-        which = self._comparable
+        which = self.comparable
         if self.baseline not in grid.rows or not which.any():
             return [None] * len(infos)
         base = grid.rows.index(self.baseline)
         gained = grid.score[which] - grid.score[which][:, [base]]
-        parts, draws = Parts.of(gained), self._draws(which)
+        parts, draws = Parts.of(gained), self.draws(which)
         p = flipped(gains(parts, draws), seed=self.seed)
         prompts = parts.below.sum(axis=0).astype(int)
         q = np.ones(len(infos))
@@ -224,12 +225,8 @@ class Measured:
                 q[family] = false_discovery_control(p[family])
         return [
             Difference(each, float(p[n]), float(q[n]), int(prompts[n])) if n != base and prompts[n] else None
-            for n, each in enumerate(over_tasks(parts, draws))
+            for n, each in enumerate(over_tasks(parts, draws).estimates())
         ]
-
-
-def _nothing(count: int) -> list[Estimate]:
-    return [Estimate(np.nan, np.nan, np.nan)] * count
 
 
 def _ordered(run: Run, seen: set[str]) -> list[RouterInfo]:

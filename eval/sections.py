@@ -27,6 +27,15 @@ FIGURES = {
 }
 LOWER_IS_BETTER = ("regret", "false_accepts", "p50_ms", "p95_ms", "loads", "flops")
 
+Mark = Literal["better", "worse", ""]
+
+
+def mark(difference: float, q: float) -> Mark:
+    """What a difference surely is; "" where it may be chance."""
+    if q >= ALPHA or not difference:
+        return ""
+    return "better" if difference > 0 else "worse"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -41,11 +50,8 @@ class Difference:
     prompts: int
 
     @property
-    def mark(self) -> Literal["better", "worse", ""]:
-        """What the difference surely is; "" where it may be chance."""
-        if self.q >= ALPHA or not self.estimate.value:
-            return ""
-        return "better" if self.estimate.value > 0 else "worse"
+    def mark(self) -> Mark:
+        return mark(self.estimate.value, self.q)
 
 
 @dataclass(frozen=True)

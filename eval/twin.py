@@ -256,8 +256,8 @@ class Twin:
             if i == 0:
                 group.gated = self._weigh(group, x)
             if isinstance(group.gated, Tensor):
-                return output + (group.gated[:, i] @ group.B[i].T).view_as(output)
-            return output + group.gated[i].view_as(output)
+                return output + (group.gated[:, i] @ group.B[i].T).view_as(output).to(output.dtype)
+            return output + group.gated[i].view_as(output).to(output.dtype)
 
         return hook
 

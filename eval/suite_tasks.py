@@ -173,6 +173,6 @@ def _merged(defaults: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
 
 def _owner(owner: Any, each: str | None) -> Any:
     """Filled in, unless rows say who it is."""
-    if isinstance(owner, str) and not templates.columns(owner) - {"each"}:
+    if isinstance(owner, str) and not templates.names(owner) - {"each"}:
         return filled(owner, each)
     return owner

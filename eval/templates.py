@@ -33,7 +33,7 @@ _environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize
 _environment.filters["regex_replace"] = regex_replace
 
 
-def columns(template: str) -> set[str]:
+def names(template: str) -> set[str]:
     """The names that a template reads. Raises BadTemplate."""
     try:
         return set(meta.find_undeclared_variables(_environment.parse(template)))
@@ -73,7 +73,8 @@ def _run(work: Callable[[], Any], row: Mapping[str, Any]) -> Any:
 
 
 def _beside(row: Mapping[str, Any]) -> str:
-    return f"; the row has {', '.join(map(str, row)) or 'no columns'}"
+    columns = row.get("row", row)
+    return f"; the row has {', '.join(map(str, columns)) or 'no columns'}"
 
 
 @lru_cache(maxsize=1024)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
+from adapters_registry.validate import FLOATS
 from eval.recipe import Recipe
 from router.adapter import Adapter
-from router.blending import BlendError
+from router.blending import OPERATORS
 from router.blending.plan import make_plan
 from router.composite import Part
 from router.gating import GATES
@@ -41,7 +43,8 @@ class Flops:
 
     def adapters(self, recipe: Recipe) -> int | None:
         """n. Of a gate all members, whatever their weights; None for a probe, as its prompt says who answers."""
-        key = recipe.model_dump_json()
+        unweighed = tuple((name, 1.0) for name in recipe.names)  # shapes do not depend on weights
+        key = recipe.model_copy(update={"experts": unweighed}).model_dump_json()
         if key not in self._known:
             try:
                 self._known[key] = self._adapters(recipe)
@@ -62,14 +65,14 @@ class Flops:
             case _:
                 return None
 
-    def _blend(self, recipe: Recipe) -> int | None:
+    def _blend(self, recipe: Recipe) -> int:
         """Every module has the rank of the largest, as a blend is written."""
         parts = [Part(name, name, self._experts[name]) for name in recipe.names]
         weights = [weight for _, weight in recipe.experts]
-        try:
-            plan = make_plan(parts, weights, recipe.operator or "cat", recipe.settings, self._max_rank)
-        except BlendError:  # statistics, which only the engine has
-            return None
+        operator, settings = recipe.operator or "cat", recipe.settings
+        if operator in OPERATORS and OPERATORS[operator].statistic:  # the engine has it; one without has the same shape
+            operator, settings = "cat" if OPERATORS[operator].exact else "ties", {"rank": settings.get("rank")}
+        plan = make_plan(parts, weights, operator, settings, self._max_rank)
         return max(map(plan.rows, plan.modules)) * sum(map(sum, plan.modules.values()))
 
     def _gate(self, recipe: Recipe) -> int:
@@ -92,7 +95,25 @@ def lora_parameters(folder: Path) -> int:
 
 @lru_cache(maxsize=8)
 def base_parameters(model: str, revision: str | None = None) -> int | None:
-    """Of a folder's or a Hub repository's model, by its configuration; None where there is none that can be read."""
+    """Of a folder's or a Hub repository's model; None where there is no configuration that can be read."""
+    return _stored_parameters(Path(model)) or _configured_parameters(model, revision)
+
+
+def _stored_parameters(folder: Path) -> int | None:
+    """By the names and shapes of a folder's weights; None where it has none, or packed ones."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                view = tensors.get_slice(name)
+                if view.get_dtype() not in FLOATS:
+                    return None
+                total += math.prod(view.get_shape())
+    return total or None
+
+
+def _configured_parameters(model: str, revision: str | None) -> int | None:
+    """By the configuration alone."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

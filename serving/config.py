@@ -205,9 +205,9 @@ class CheckSettings(Section):
         0.05, ge=0, le=1, description="By how much another expert's samples may be answered worse (exact match)."
     )
     max_cosine: float = Field(
-        0.95, ge=0, le=1, description="Largest cosine of its dW with another expert's; nearer ones are copies."
+        0.9, ge=0, le=1, description="Largest cosine of its dW with another expert's; nearer ones are copies."
     )
-    max_loudness: float = Field(5.0, gt=0, description="Largest robust z-score of its norms among its peers'.")
+    max_loudness: float = Field(4.0, gt=0, description="Largest robust z-score of its norms among its peers'.")
     max_shift: float = Field(
         5.0, gt=0, description="Largest robust z-score of its effect on neutral prompts among its peers'."
     )

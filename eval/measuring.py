@@ -12,7 +12,7 @@ from scipy.stats import false_discovery_control, rankdata  # type: ignore[import
 from eval.columns import Bools, Columns, Floats, loads
 from eval.figures import DIGITS, Parts, Sampled, gains, over_tasks, pooled, quantiles
 from eval.intervals import Draws, flipped
-from eval.ranking import borda, kemeny
+from eval.ranking import borda, kemeny, places
 from eval.records import REFERENCES, Regime, RouterInfo, Run
 from eval.scoring import METRICS
 from eval.sections import FIGURES, Difference, Row, Section
@@ -256,12 +256,13 @@ def _placed(rows: list[Row], means: Floats) -> tuple[list[Row], int, bool]:
         return rows, 0, True
     points = borda(scores)
     order, exact = kemeny(scores)
-    places = rankdata(-np.round(points, DIGITS), method="min").astype(int)
+    by_borda = rankdata(-np.round(points, DIGITS), method="min").astype(int)
+    by_kemeny = places(scores, order)
     for column, number in enumerate(ranked):
         rows[number] = replace(
             rows[number],
             borda=float(points[column]),
-            borda_place=int(places[column]),
-            kemeny_place=order.index(column) + 1,
+            borda_place=int(by_borda[column]),
+            kemeny_place=by_kemeny[column],
         )
     return rows, len(scores), exact

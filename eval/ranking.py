@@ -5,6 +5,7 @@ Scores are matrices (T, S), a row to a task and a column to a system, higher is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -63,6 +64,18 @@ def kemeny(scores: Floats) -> tuple[list[int], bool]:
         x = x.round()
     below = np.bincount(a, x, S) + np.bincount(b, 1 - x, S)  # (S,) how many each stands above
     return [int(k) for k in order[np.argsort(-below.round(6), kind="stable")]], exact
+
+
+def places(scores: Floats, order: Sequence[int]) -> list[int]:
+    """(S,) places from 1 in a ranking, best first; neighbours share one if as many tasks prefer either of any two."""
+    above = (scores[:, :, None] > scores[:, None, :]).sum(axis=0)
+    found = [0] * len(order)
+    together: list[int] = []
+    for place, system in enumerate(order, start=1):
+        tied = all(above[system, other] == above[other, system] for other in together)
+        together = [*together, system] if together and tied else [system]
+        found[system] = place - len(together) + 1
+    return found
 
 
 def _without_circles(cost: NDArray[np.int64], S: int, *, integral: bool) -> Floats:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eval.ranking import borda, kemeny, normalised, regret
+from eval.ranking import borda, kemeny, normalised, places, regret
 
 SCORES = st.tuples(st.integers(1, 6), st.integers(1, 5)).flatmap(
     lambda shape: arrays(np.float64, shape, elements=st.integers(0, 4).map(float))
@@ -86,3 +86,13 @@ def test_normalised_scores_are_shares_of_the_oracle() -> None:
 
 def test_regret_is_what_the_best_of_each_row_has_more() -> None:
     assert regret(np.array([[1.0, 0.0], [0.0, 0.5]])) == pytest.approx([0.25, 0.5])
+
+
+def test_neighbours_that_no_majority_sets_apart_share_a_place() -> None:
+    assert places(np.ones((3, 4)), [0, 1, 2, 3]) == [1, 1, 1, 1]
+    assert places(np.array([[3.0, 1.0, 2.0]]), [0, 2, 1]) == [1, 3, 2]
+    scores = np.array([[3.0, 2.0, 1.0, 1.0], [2.0, 3.0, 1.0, 1.0]])
+    assert places(scores, kemeny(scores)[0]) == [1, 1, 3, 3]
+    # a = b and b = c by as many tasks, but a stands above c: c is no neighbour of equals
+    scores = np.array([[3.0, 2.0, 1.0], [2.0, 3.0, 1.0], [3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
+    assert places(scores, [0, 1, 2]) == [1, 1, 3]

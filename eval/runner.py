@@ -19,7 +19,7 @@ from eval.asking import Engine, EngineGone, Reply
 from eval.cache import Cache
 from eval.deciding import Planned, grouped, plan
 from eval.examples import Example
-from eval.questions import CHUNK, Question, Questions, Tell, adapter_of, chunks, unscorable
+from eval.questions import CHUNK, NOT_ASKED, Question, Questions, Tell, adapter_of, chunks, unscorable
 from eval.recipe import Recipe
 from eval.records import ExpertInfo, Record, RouterInfo, Run, TaskInfo, write_run
 from eval.references import EXPERT, fixed, infos, scored
@@ -170,7 +170,10 @@ class Runner:
     async def _asked(
         self, open_engine: OpenEngine, left: Sequence[Question], deadline: float | None, progress: Progress
     ) -> None:
-        async with asyncio.timeout_at(None if deadline is None else loop_time(deadline)), open_engine() as engine:
+        """Raises TimeoutError, EngineGone."""
+        end = None if deadline is None else asyncio.get_running_loop().time() + deadline - time.monotonic()
+        async with asyncio.timeout_at(end), open_engine() as engine:
+            await asyncio.sleep(0)  # where time is up already
             for some in chunks(left, BATCH):
                 asked = {self.questions.ask(each): each for each in some}
                 async for ask, reply in engine.answers(list(asked)):
@@ -259,8 +262,12 @@ class Runner:
             if record.error is not None:
                 lacks[record.router, record.regime, record.error] += 1
         missing = [ended] if ended else []
+        if unasked := sum(number for (_, _, why), number in lacks.items() if why == NOT_ASKED):
+            missing.append(f"{unasked} records have no score: their questions were not asked")
         missing += [
-            f"{router}, {regime}: {number} without a score: {why}" for (router, regime, why), number in lacks.items()
+            f"{router}, {regime}: {number} without a score: {why}"
+            for (router, regime, why), number in lacks.items()
+            if why != NOT_ASKED
         ]
         if count < self._expected:
             missing.append(f"{self._expected - count} records that scores of others decide")
@@ -325,11 +332,6 @@ class Progress:
         self.done += 1
         self.answered += reply.error is None
         self._tell("asking", self.done, self._total)
-
-
-def loop_time(deadline: float) -> float:
-    """A moment of `time.monotonic` on the running loop's clock."""
-    return asyncio.get_running_loop().time() + deadline - time.monotonic()
 
 
 def router_info(entry: RouterEntry) -> RouterInfo:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from eval.arena import Prompt
 from tests.eval.runs import made, records_of, run_of
+from tests.eval.strangers import Stranger
 
 NAMES = ("roman", "uppercase", "vowels")  # of different ranks and modules
 #: One for each, and one that takes two of them.
@@ -31,3 +33,14 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return made(tmp_path / name, records, run_of(records, missing=missing, baseline=baseline))
 
     return make
+
+
+@pytest.fixture
+def stranger() -> Iterator[Stranger]:
+    """A small server with OpenAI's paths."""
+    with Stranger() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

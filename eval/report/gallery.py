@@ -17,7 +17,7 @@ from eval.report.plots import Dot, Point, coverage, differences, frontier, score
 from eval.sections import Row, Section
 from eval.table import Table
 
-CONFUSIONS = 24  # routers whose confusion is drawn
+CONFUSIONS = 16  # routers whose confusion is drawn
 STRIPS, TOKENS = 16, 400  # prompts, and tokens of each, whose experts are drawn
 KNOW = ("oracle", "best-per-query")  # rows that could not be served: they know what is right
 
@@ -127,7 +127,8 @@ def compared(section: Section, baseline: str) -> Picture | None:
 
 def by_task(section: Section) -> Picture | None:
     rows = [row for row in section.rows if row.tasks]
-    values = np.array([[row.tasks.get(task, np.nan) for task in section.tasks] for row in rows]).reshape(len(rows), -1)
+    values = np.array([[row.tasks.get(task, np.nan) for task in section.tasks] for row in rows])
+    values = values.reshape(len(rows), len(section.tasks))
     there = ~np.isnan(values)
     kept = there.any(axis=0) & (np.where(there, values, 0).min(axis=0, initial=0) >= 0)
     if not kept.any():

@@ -127,7 +127,7 @@ class Made:
             experts=tuple((each, 1 / len(who)) for each in sorted(who)),
             ranked=ranked,
             rank=0 if not (ranked and example.owners) else 1 if found else self.rng.randint(2, self.experts),
-            confidence=self.rng.betavariate(5, 2) if found else self.rng.betavariate(2, 3) if routed else None,
+            confidence=self.rng.betavariate(*((5, 2) if found else (2, 3))) if routed else None,
             score=float(right) if example.owners else None,
             answer="right" if right else self.answer or f"wrong, says {who[0] if who else 'the base model'}",
             adapter=who[0] if len(who) == 1 else "+".join(who),

@@ -50,25 +50,35 @@ def examples_of(
 
     Raises BadData with the problems of all tasks.
     """
-    names = [task.name for task in suite.tasks]
-    if unknown := [name for name in tasks or () if name not in names]:
-        raise BadData([f"{suite.path}: there is no task '{name}'; there are: {', '.join(names)}" for name in unknown])
-    chosen = [task for task in suite.tasks if tasks is None or task.name in tasks]
+    chosen = suite.tasks if tasks is None else _named(suite, tasks)
     readers = []
     seen: dict[str, str] = {}
+    missing: set[str] = set()
     reachable = True
     for done, task in enumerate(chosen):
         tell(f"reading {task.name}", done, len(chosen))
         most = min((each for each in (limit, suite.limit, task.limit) if each is not None), default=None)
         reader = _Reader(task, suite.names, seen, most, local)
         readers.append(reader)
-        if reachable or task.data.hub is None or task.data.hub in (local or {}):
-            reachable = reader.read() and reachable
-        else:
-            reader.problems.append(f"{task.place}: {task.name}.data: {task.data} was not looked for after that")
+        try:
+            if not reachable and task.data.hub is not None and task.data.hub not in (local or {}):
+                raise NoData(f"{task.data.hub} was not looked for after that")
+            reader.read()
+        except NoData as error:
+            reachable = reachable and not isinstance(error, Unreachable)
+            if str(error) not in missing:  # tasks may share what is not there
+                missing.add(str(error))
+                reader.problems.append(f"{task.place}: {task.name}.data: {error}")
     if problems := [problem for reader in readers for problem in reader.problems]:
         raise BadData(problems)
     return tuple(each for reader in readers for each in reader.examples), tuple(reader.info() for reader in readers)
+
+
+def _named(suite: Suite, wanted: Sequence[str]) -> list[Task]:
+    names = [task.name for task in suite.tasks]
+    if unknown := [name for name in wanted if name not in names]:
+        raise BadData([f"{suite.path}: there is no task '{name}'; there are: {', '.join(names)}" for name in unknown])
+    return [task for task in suite.tasks if task.name in wanted]
 
 
 class _Reader:
@@ -91,22 +101,18 @@ class _Reader:
         self._limit = limit
         self._local = local
 
-    def read(self) -> bool:
-        """False when the Hub cannot be reached, which takes half a minute for every data set that is tried."""
+    def read(self) -> None:
+        """Raises NoData."""
         task = self._task
         read = 0
-        try:
-            for row in rows_of(task.data, shuffle=task.shuffle, local=self._local):
-                read += 1
-                try:
-                    self._take(row)
-                except _BadRow as error:
-                    self._bad(f"{row.place}: {'.'.join(filter(None, (task.name, error.field)))}: {error}")
-                if len(self.examples) == self._limit or len(self.problems) == SHOWN:
-                    break
-        except NoData as error:
-            self.problems.append(f"{task.place}: {task.name}.data: {error}")
-            return not isinstance(error, Unreachable)
+        for row in rows_of(task.data, shuffle=task.shuffle, local=self._local):
+            read += 1
+            try:
+                self._take(row)
+            except _BadRow as error:
+                self._bad(f"{row.place}: {'.'.join(filter(None, (task.name, error.field)))}: {error}")
+            if len(self.examples) == self._limit or len(self.problems) == SHOWN:
+                break
         if not self.examples and not self.problems:
             why = f"none of its {read} rows can be used" if read else "it has no rows"
             if read and task.where and not self.left_out:
@@ -114,7 +120,6 @@ class _Reader:
             self.problems += [f"{task.place}: {task.name}.data: {task.data}: {why}", *self.left_out[:SHOWN]]
         if len(self.problems) == SHOWN:
             self.problems.append(f"{task.place}: {task.name}: {SHOWN} bad rows; it was not read further")
-        return True
 
     def info(self) -> TaskInfo:
         owners = dict.fromkeys(owner for example in self.examples for owner in example.owners)

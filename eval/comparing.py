@@ -305,8 +305,10 @@ def _lacking(
     """What a regression could hide in."""
     if not second.run.complete:
         yield f"the run is incomplete: {_some(second.run.missing) or 'it did not end'}"
-    if missing := [example.id for example in set(ours.examples) - set(theirs.examples)]:
-        yield f"{len(missing)} prompts: {_some(sorted(missing))}"
+    there = set(theirs.examples)
+    asked = {n for regime in regimes for n in np.unique(ours.of(regime).ints("example"))}
+    if missing := [ours.examples[n].id for n in sorted(asked) if ours.examples[n] not in there]:
+        yield f"{len(missing)} prompts: {_some(missing)}"
     found = {(pair.regime, pair.first) for pair in pairs}
     for regime in regimes:
         here = ours.of(regime)

@@ -10,7 +10,7 @@ from eval.asking import Reply
 from eval.examples import Example
 from eval.scoring.metric import CannotScore, Needs
 from eval.scoring.sandbox import passes
-from eval.scoring.text import extracted
+from eval.scoring.text import extracted, unreadable
 
 
 def pass_at(k: int, n: int, c: int) -> float:
@@ -37,7 +37,7 @@ class PassAt:
             return f"n is {example.n}: '{self.name}' needs {self.k} answers or more"
         if example.n > 1 and example.temperature == 0:
             return f"n is {example.n} at temperature 0, where all answers are the same one"
-        return None
+        return unreadable(example.extract)
 
     def asks(self, example: Example) -> tuple[str, ...]:
         return ()
@@ -49,8 +49,9 @@ class PassAt:
                 "(docs/evaluation.md says what the sandbox holds back)"
             )
         n = len(reply.texts)
-        if not example.tests.strip() or n < self.k:
-            raise CannotScore(f"{example.id}: {self.lacks(example) or f'{n} answers came, too few for {self.name}'}")
+        problem = self.lacks(example) or (f"{n} answers came, too few for '{self.name}'" if n < self.k else None)
+        if problem is not None:
+            raise CannotScore(f"{example.id}: {problem}")
         programs = Counter(program(example, text) for text in reply.texts)
         return pass_at(self.k, n, sum(count for text, count in programs.items() if passes(text)))
 

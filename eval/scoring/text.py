@@ -29,14 +29,15 @@ class TextMetric:
     needs: Needs = "text"
 
     def lacks(self, example: Example) -> str | None:
-        return None if example.answers else f"no right answer, which '{self.name}' needs"
+        return unreadable(example.extract) if example.answers else f"no right answer, which '{self.name}' needs"
 
     def asks(self, example: Example) -> tuple[str, ...]:
         return ()
 
     def score(self, example: Example, reply: Reply) -> float:
-        if not example.answers or not reply.texts:
-            raise CannotScore(f"{example.id}: {self.lacks(example) or 'the reply has no text'}")
+        problem = self.lacks(example) or (None if reply.texts else "the reply has no text")
+        if problem is not None:
+            raise CannotScore(f"{example.id}: {problem}")
         return fmean(self.compare(extracted(text, example.extract), example.answers) for text in reply.texts)
 
 
@@ -49,6 +50,15 @@ def extracted(text: str, pattern: str) -> str:
         return text
     found = [match.groups() or (match[0],) for match in re.finditer(pattern, text)]
     return next((group for group in found[-1] if group), "") if found else ""
+
+
+def unreadable(pattern: str) -> str | None:
+    """What is wrong with a regular expression; None when nothing is."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"'extract' is no regular expression: {error}"
+    return None
 
 
 def exact(answer: str, right: Sequence[str]) -> float:

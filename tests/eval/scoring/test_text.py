@@ -66,6 +66,15 @@ def test_an_expression_says_what_counts_of_an_answer(example, reply):
     assert extracted("as it is", "") == "as it is"
 
 
+def test_an_expression_that_is_none_is_named(example, reply):
+    for name in ("f1", "pass@1"):
+        assert (
+            METRICS[name].lacks(example("8", tests="1", extract="(8")).startswith("'extract' is no regular expression")
+        )
+    with pytest.raises(CannotScore, match="t/0: 'extract' is no regular expression: missing"):
+        scored("f1", example, reply, "8", "8", extract="(8")
+
+
 def test_a_prompt_without_a_right_answer_has_no_score(example, reply):
     none = METRICS["none"]
     assert none.needs == "nothing"

@@ -166,6 +166,7 @@ def example_of(task: Task, row: Row, columns: Mapping[str, Any]) -> Example:
     if not all(answer.strip() for answer in answers):
         raise _BadRow("answers", "is empty")
     owners = _texts("experts", task.experts, columns)
+    choices = _texts("choices", task.choices, columns)
     try:
         example = Example(
             id=_id(task, row),
@@ -174,8 +175,8 @@ def example_of(task: Task, row: Row, columns: Mapping[str, Any]) -> Example:
             prompt=Prompt(text=prompt, system=_filled("system", render, task.system, columns), form=task.form),
             answers=answers,
             extract=task.extract,
-            choices=_joined(_texts("choices", task.choices, columns), delimiter),
-            gold=_gold(task, columns),
+            choices=_joined(choices, delimiter),
+            gold=_gold(task, columns, choices),
             tests=_filled("tests", render, task.tests, columns),
             metric=task.metric,
             max_tokens=task.max_tokens,
@@ -214,12 +215,15 @@ def _joined(texts: Sequence[str], delimiter: str) -> tuple[str, ...]:
     return tuple(text if text[:1].isspace() else delimiter + text for text in texts)
 
 
-def _gold(task: Task, columns: Mapping[str, Any]) -> int | None:
+def _gold(task: Task, columns: Mapping[str, Any], choices: Sequence[str]) -> int | None:
+    """The position of the right choice, which may be told by its text."""
     if task.gold is None or isinstance(task.gold, int):
         return task.gold
     gold = _filled("gold", evaluate, task.gold, columns)
+    if isinstance(gold, str) and gold in choices:
+        return choices.index(gold)
     if not isinstance(gold, int):
-        raise _BadRow("gold", f"{gold!r} is no position; write an expression for one, such as `{task.gold} | int`")
+        raise _BadRow("gold", f"{gold!r} is no choice and no position; if it is a number as text: `{task.gold} | int`")
     return int(gold)
 
 

@@ -61,8 +61,8 @@ class Task(Frozen):
     expert, experts  who the prompts were made for, in turn; templates; "all": whoever is best; none: out of domain
     answer, answers  right answers: a template, templates, or an expression that gives a list
     extract          a regular expression: of what is answered only its last match counts
-    choices, gold    continuations to choose among, templates or an expression; the position of the right one, a
-                     number or an expression
+    choices, gold    continuations to choose among, templates or an expression; the right one's position, from 0, or
+                     its text, an expression
     delimiter        put before a continuation that does not begin with a space; " " for completions, "" for chats
     tests            program text that fails unless the answer before it is right; a template
     stop, n, temperature  of generation

@@ -115,6 +115,12 @@ def test_choices_are_joined_to_a_completion_by_a_space_and_not_to_a_chat(folder:
     assert own.choices == ("\nwet", " dry")
 
 
+def test_the_right_choice_may_be_told_by_its_text(folder: Path) -> None:
+    write(folder, {"prompt": "Water is", "options": ["wet", "dry"], "label": "dry"})
+    (example,), _ = read(folder, {**CHOICES, "gold": "label", "form": "completion"})
+    assert (example.choices, example.gold) == ((" wet", " dry"), 1)
+
+
 def test_the_answer_follows_the_prompt_where_its_likelihood_is_asked_for(folder: Path) -> None:
     write(folder, *sums(1))
     (likely, text), _ = read(
@@ -224,7 +230,7 @@ def test_a_large_file_is_never_in_memory(folder: Path) -> None:
         (
             {"prompt": "a", "options": ["x", "y"], "label": "0"},
             CHOICES | {"gold": "label"},
-            "'0' is no position; write",
+            "'0' is no choice and no position; if",
         ),
         ({"prompt": "a", "options": None, "label": 0}, CHOICES, "sums.choices: None is no text and no list of texts"),
     ],

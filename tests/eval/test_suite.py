@@ -221,6 +221,11 @@ def test_the_digest_is_of_what_is_said_wherever_it_lies(folder: Path, tmp_path_f
         ("data: sums.jsonl", "data: sums.jsonl\n    prompt: '{{ a'", "suite.yaml:7: tasks.0.prompt: unexpected end of"),
         ("data: sums.jsonl", "data: sums.jsonl\n    where: '{{ a }}'", "suite.yaml:7: tasks.0.where: "),
         ("data: sums.jsonl", "data: sums.jsonl\n    metric: magic", "suite.yaml:7: tasks.0.metric: there is no metric"),
+        (
+            "data: sums.jsonl",
+            "data: sums.jsonl\n    metric: pass@1",
+            "tasks.0.metric: pass@1 needs `tests`, which the task",
+        ),
         ("data: sums.jsonl", "data: sums.jsonl\n    metric: accuracy", "tasks.0.metric: accuracy needs `choices`"),
         (
             '    answer: "{{ answer }}"\n',

@@ -9,6 +9,7 @@ Tell = Callable[[str, int, int], None]
 
 #: The page comes first, where there is one.
 HTML, MARKDOWN, CSV, JSON = "report.html", "report.md", "report.csv", "report.json"
+NO_PAGE = f"There is no {HTML}: its pictures need matplotlib. pip install 'moerge[eval]'"
 
 
 def write_report(folder: Path, tell: Tell = lambda what, done, total: None) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from eval.report import HTML, write_report
+from eval.report import HTML, NO_PAGE, write_report
 
 _out, _err = Console(), Console(stderr=True)
 
@@ -37,7 +37,7 @@ def report(
         for path in paths:
             _out.print(str(path), markup=False, highlight=False, soft_wrap=True)
     if all(path.name != HTML for path in paths):
-        _say(f"There is no {HTML}: its pictures need matplotlib. pip install 'moerge[eval]'", "yellow")
+        _say(NO_PAGE, "yellow")
     if not complete:
         _say("The run is incomplete; the report says what is missing.", "yellow")
         raise typer.Exit(INCOMPLETE)

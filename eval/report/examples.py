@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eval.examples import Example
-from eval.records import Record, Regime
+from eval.records import REGIMES, Record, Regime
 
 MOST = 240  # examples in a report
 EACH = 8  # of a router in a regime, at most
@@ -70,7 +70,7 @@ class Oracle:
 def losses(
     records: Iterable[Record], oracle: Oracle, routers: Iterable[str], examples: Mapping[str, Example]
 ) -> list[Losses]:
-    """One entry to a router and regime, in the order of the routers; those that lose nothing have none."""
+    """One entry to a router and regime, in the order of the routers."""
     wanted = {name: place for place, name in enumerate(routers)}
     counts: dict[tuple[Regime, str], list[int]] = defaultdict(lambda: [0, 0])
     worst: dict[tuple[Regime, str], list[tuple[float, str, Record]]] = defaultdict(list)
@@ -90,11 +90,13 @@ def losses(
         Losses(
             router,
             regime,
-            counts[regime, router][0],
-            counts[regime, router][1],
-            tuple(_lost(record, oracle, examples) for _, _, record in _chosen(found, each)),
+            lost,
+            compared,
+            tuple(_lost(record, oracle, examples) for _, _, record in _chosen(worst[regime, router], each)),
         )
-        for (regime, router), found in sorted(worst.items(), key=lambda item: (wanted[item[0][1]], item[0][0]))
+        for (regime, router), (lost, compared) in sorted(
+            counts.items(), key=lambda item: (wanted[item[0][1]], REGIMES.index(item[0][0]))
+        )
     ]
 
 

@@ -72,7 +72,10 @@ class Tally:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.columns = (BASE, *(expert.name for expert in run.experts))
+        owners = list(dict.fromkeys(owner for task in run.tasks for owner in task.owners))
+        names = [expert.name for expert in run.experts]
+        own_first = sorted(names, key=lambda name: owners.index(name) if name in owners else len(owners))
+        self.columns = (BASE, *own_first)  # in the order of their tasks, so that who is right is on the diagonal
         self._column = {name: k for k, name in enumerate(self.columns)}
         self._row = {task.name: k for k, task in enumerate(run.tasks)}
         shape = (len(self._row), len(self.columns))
@@ -144,10 +147,14 @@ class _Sure:
         ends = np.flatnonzero(np.append(np.diff(sure) < 0, True))  # prompts of equal confidence are answered together
         ends = ends[np.unique(np.linspace(0, len(ends) - 1, POINTS).astype(int))]
         outside = np.sort(self.outside)
-        accepted = (len(outside) - np.searchsorted(outside, sure[ends])) / self.strangers if self.strangers else []
-        return Curve(
-            _rounded((ends + 1) / self.asked), _rounded(np.cumsum(scores)[ends] / (ends + 1)), _rounded(accepted)
-        )
+        limits = [
+            *sure[ends],
+            -np.inf,
+        ]  # at last the router as it is: it also answers who is less sure than any of these
+        accepted = (len(outside) - np.searchsorted(outside, limits)) / max(self.strangers, 1)
+        ends = np.append(ends, ends[-1])
+        means = np.cumsum(scores)[ends] / (ends + 1)
+        return Curve(_rounded((ends + 1) / self.asked), _rounded(means), _rounded(accepted) if self.strangers else ())
 
 
 def _ratio(above: Floats, below: Floats) -> Floats:

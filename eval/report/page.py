@@ -189,7 +189,10 @@ def _count(value: float) -> str:
 
 def definitions(table: Table) -> list[tuple[str, str]]:
     used = {name for section in table.regimes.values() for row in section.rows for name in row.figures}
-    told = [(HEADS.get(name, (name,))[0], text) for name, text in FIGURES.items() if name in used]
+    heads = {name: HEADS.get(name, (name, "")) for name in FIGURES}
+    told = [
+        (f"{label} ({unit})" if unit else label, FIGURES[name]) for name, (label, unit) in heads.items() if name in used
+    ]
     return [*told, *((name.capitalize(), text) for name, text in FURTHER.items())]
 
 
@@ -202,8 +205,13 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple) and value:
+        yield path, ", ".join(each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in value)
     else:
-        yield path, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        yield (
+            path,
+            "none" if value in (None, "", [], (), {}) else value if isinstance(value, str) else json.dumps(value),
+        )
 
 
 def render(run: Run, table: Table, pictures: Sequence[Picture], losses: Sequence[Losses]) -> str:

@@ -257,8 +257,8 @@ def dry(suite: Suite, examples: Sequence[Any], tasks: Sequence[Any]) -> None:
 
 def finish(out: Path, done: Run, as_json: bool) -> None:
     """Table, report, and the exit code."""
-    from eval.extra import ExtraMissing
     from eval.records import read_records
+    from eval.report import HTML, NO_PAGE, write_report
     from eval.table import table
     from eval.table_text import markdown
 
@@ -267,13 +267,8 @@ def finish(out: Path, done: Run, as_json: bool) -> None:
         typer.echo(json.dumps(made.json(), indent=1, ensure_ascii=False))
     else:
         typer.echo(markdown(made))
-    try:
-        from eval.report import write_report
-
-        write_report(out)
-        say(f"The report: {out / 'report.html'}")
-    except ExtraMissing as error:
-        say(f"No report: {error}", "yellow")
+    page = write_report(out)[0]
+    say(f"The report: {page}" if page.name == HTML else f"The report: {page}. {NO_PAGE}")
     if not done.complete:
         for line in done.missing[:10]:
             say(f"Missing: {line}", "red")

@@ -1,7 +1,7 @@
-"""Runs a command for as long as whoever started it lives: `python -m eval.warden COMMAND ...`, with a pipe as stdin.
+"""Runs a command for as long as whoever started it lives: `python -m eval.warden [--grace SECONDS] COMMAND ...`.
 
-When the pipe closes, by intent or because its other end was killed, the command is interrupted, and whatever is left of
-it and its children is killed: a server does not outlive a kill -9 of the process that needs it.
+Its stdin is a pipe. When that closes, by intent or because its other end was killed, the command is interrupted, and
+whatever is left of it and its children is killed: a server does not outlive a kill -9 of the process that needs it.
 """
 
 from __future__ import annotations
@@ -11,24 +11,28 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 
 GRACE = 30.0  # seconds between being interrupted and being killed
 
 
-def main() -> None:
-    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, process_group=0)
-    threading.Thread(target=_watch, args=(child,), daemon=True).start()
+def main(argv: list[str]) -> None:
+    grace = GRACE
+    if argv[:1] == ["--grace"]:
+        grace, argv = float(argv[1]), argv[2:]
+    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, process_group=0)
+    threading.Thread(target=_watch, args=(child, grace), daemon=True).start()
     code = child.wait()
     _kill_group(child.pid)
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def _watch(child: subprocess.Popen[bytes]) -> None:
+def _watch(child: subprocess.Popen[bytes], grace: float) -> None:
     while os.read(0, 4096):
         pass
     child.send_signal(signal.SIGINT)
-    threading.Event().wait(GRACE)
+    time.sleep(grace)
     _kill_group(child.pid)
 
 
@@ -38,4 +42,4 @@ def _kill_group(group: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

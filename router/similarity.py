@@ -41,31 +41,25 @@ def most_similar(newcomer: Adapter, others: Iterable[tuple[str, Adapter]], k: in
     One module of two adapters is in memory at a time, if `others` opens them as they are asked for.
     """
     mine = length(newcomer)
-    cosines = ((_divided(inner_product(newcomer, other), mine * length(other)), name, other) for name, other in others)
+    cosines = ((_cosine(newcomer, mine, other), name, other) for name, other in others)
     best = heapq.nsmallest(k, cosines, key=lambda each: (-abs(each[0]), each[1]))
     return [Likeness(name, found, overlap(newcomer, other)) for found, name, other in best]
 
 
 def cosine(one: Adapter, other: Adapter) -> float:
     """<dW_1, dW_2> / (|dW_1| |dW_2|) over all modules; 0 when one of them changes nothing."""
-    return _divided(inner_product(one, other), length(one) * length(other))
+    return _cosine(one, length(one), other)
 
 
 def length(adapter: Adapter) -> float:
     """|dW|, the Frobenius norm over all modules."""
-    return float(max(inner_product(adapter, adapter), 0.0) ** 0.5)
+    squares = [inner_product(*[_factors(adapter, module)] * 2) for module in adapter.modules]
+    return float(max(sum(squares), 0.0) ** 0.5)
 
 
-def inner_product(one: Adapter, other: Adapter) -> float:
-    """<dW_1, dW_2> = sum over modules of tr(A_1^T B_1^T B_2 A_2) = sum of (B_1^T B_2) * (A_1 A_2^T), elementwise.
-
-    A module that only one of them adapts adds nothing; nor does one that has another shape in each.
-    """
-    total = 0.0
-    for module in _shared(one, other):
-        (B1, A1), (B2, A2) = _factors(one, module), _factors(other, module)
-        total += float(((B1.mT @ B2) * (A1 @ A2.mT)).sum())  # (r1, r2)
-    return total
+def inner_product(one: Factors, other: Factors) -> float:
+    """<dW_1, dW_2> = tr(A_1^T B_1^T B_2 A_2) = sum of (B_1^T B_2) * (A_1 A_2^T), elementwise."""
+    return float(((one.B.mT @ other.B) * (one.A @ other.A.mT)).sum())  # (r_1, r_2)
 
 
 def overlap(one: Adapter, other: Adapter) -> float:
@@ -86,8 +80,9 @@ def overlap(one: Adapter, other: Adapter) -> float:
 def columns(factors: Factors) -> Tensor:
     """(d_out, r') orthonormal basis of the column space of B A; r' is its true rank, which may be under r."""
     R = triangle(factors.A.mT)  # A^T = P R, so that B A = B R^T P^T, and P^T changes no column space
-    U, S, _ = torch.linalg.svd(factors.B @ R.mT, full_matrices=False)  # (d_out, r), (r,)
-    basis: Tensor = U[:, S[0] * NEGLIGIBLE < S]
+    Q, core = torch.linalg.qr(factors.B @ R.mT)  # (d_out, r), (r, r)
+    U, S, _ = torch.linalg.svd(core)
+    basis: Tensor = Q @ U[:, S[0] * NEGLIGIBLE < S]
     return basis
 
 
@@ -102,5 +97,16 @@ def _factors(adapter: Adapter, module: str) -> Factors:
     return factors
 
 
-def _divided(product: float, lengths: float) -> float:
+def _cosine(one: Adapter, length_of_one: float, other: Adapter) -> float:
+    """In one pass over the other's file. A module that only one of them adapts adds nothing to the product; nor does
+    one whose shapes differ.
+    """
+    product = square = 0.0
+    shared = set(_shared(one, other))
+    for module in other.modules:
+        theirs = _factors(other, module)
+        square += inner_product(theirs, theirs)
+        if module in shared:
+            product += inner_product(_factors(one, module), theirs)
+    lengths = length_of_one * max(square, 0.0) ** 0.5
     return min(max(product / lengths, -1.0), 1.0) if lengths > 0 else 0.0

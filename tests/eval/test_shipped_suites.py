@@ -269,7 +269,7 @@ def test_prompts_and_choices_are_those_of_lm_evaluation_harness(name: str, here:
         }
         config = configs[str(data.hub)]
         rows = config[data.config or next(key for key in config if key in UNNAMED)][data.split]
-        for row, example in zip(rows, found[task], strict=True):
+        for row, example in zip(rows, sorted(found[task], key=lambda each: each.id), strict=True):
             source, text, choices, gold = asked_by_the_harness(HARNESS[task], row)
             assert source == (data.hub, data.config), task
             assert example.prompt.text == text, task

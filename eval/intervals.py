@@ -128,12 +128,16 @@ class Draws:
         self.of: Rows = self.tasks if self.by_task else np.arange(len(tasks))
         self.units = self.count if self.by_task else len(tasks)
         self._resamples, self._seed = resamples, seed
+        self._whole: Floats | None = None  # all of them, if they fit into a chunk
 
     def members(self, task: int) -> Rows:
         return np.flatnonzero(self.tasks == task)
 
     def __iter__(self) -> Iterator[Floats]:
         """Counts (r, U), in chunks of rows that together are all resamples; the same every time."""
+        if self._whole is not None:
+            yield self._whole
+            return
         rng = np.random.default_rng(self._seed)
         pools = [np.arange(self.units)] if self.by_task else [self.members(task) for task in range(self.count)]
         step = max(1, min(self._resamples, CHUNK // max(self.units, 1)))
@@ -144,6 +148,8 @@ class Draws:
                 drawn = rng.integers(0, len(pool), (rows, len(pool)))
                 drawn += np.arange(rows)[:, None] * len(pool)
                 counts[:, pool] = np.bincount(drawn.ravel(), minlength=rows * len(pool)).reshape(rows, -1)
+            if step == self._resamples:
+                self._whole = counts
             yield counts
 
 

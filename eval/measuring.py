@@ -58,6 +58,7 @@ class Measured:
     def __init__(self, run: Run, columns: Columns, baseline: str, *, sliced: bool, resamples: int, seed: int) -> None:
         self.run, self.columns, self.baseline, self.sliced = run, columns, baseline, sliced
         self.resamples, self.seed = resamples, seed
+        self._draws: dict[bytes, Draws] = {}
         self.task = np.array([each.task for each in columns.examples], object)
         self.owned: Bools = np.array([bool(each.owners) for each in columns.examples], bool)
         self.unbounded: Bools = np.array([each.metric in UNBOUNDED for each in columns.examples], bool)
@@ -109,7 +110,11 @@ class Measured:
         return self.owned & self.judged & ~self.unbounded
 
     def draws(self, which: Bools) -> Draws:
-        return Draws(self.task[which].tolist(), resamples=self.resamples, seed=self.seed)
+        """Of these prompts (E,)."""
+        key = which.tobytes()
+        if key not in self._draws:
+            self._draws[key] = Draws(self.task[which].tolist(), resamples=self.resamples, seed=self.seed)
+        return self._draws[key]
 
     @cached_property
     def left_out(self) -> dict[str, str]:

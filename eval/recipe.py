@@ -7,9 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.blending.plan import UNMERGED
 from router.decision import Decision
-from router.gating import GATES
 
 
 class Recipe(BaseModel):
@@ -49,6 +47,8 @@ class Recipe(BaseModel):
         cls, weights: Mapping[str, float], operator: str = "cat", settings: Mapping[str, Any] | None = None
     ) -> Self:
         """One expert with weight 1 is that expert, where the operator changes nothing; none is the base model."""
+        from router.blending.plan import UNMERGED  # PyTorch: seconds, which tables of figures need not wait for
+
         kept = tuple(sorted((name, float(weight)) for name, weight in weights.items() if weight))
         settings = dict(settings or {})
         if not kept:
@@ -100,6 +100,8 @@ class Recipe(BaseModel):
 
 def weighed(gate: str) -> bool:
     """Whether a gate takes weights for its experts: as they are, or as its prior."""
+    from router.gating import GATES
+
     return GATES[gate].takes_weights or gate == "probe"
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -218,3 +220,8 @@ def test_a_run_of_references_has_no_routers_to_watch(gate: Command, tmp_path: Pa
 
 def test_every_figure_but_abstaining_can_be_watched() -> None:
     assert set(get_args(Metric)) == set(FIGURES) - {"abstained"}
+
+
+def test_tables_do_not_wait_for_pytorch() -> None:
+    code = "import sys, eval.table, eval.table_text, eval.comparing; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

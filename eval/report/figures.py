@@ -96,7 +96,8 @@ class Tally:
         if record.router.startswith(EXPERT):
             return
         self._sure[record.regime, record.router].add(record)
-        if inside and record.error is None:
+        known = record.experts or record.kind == "base"  # an endpoint that routes by itself may not say who answered
+        if inside and known and record.error is None:
             whole = sum(abs(weight) for _, weight in record.experts)
             for name, weight in record.experts or ((BASE, 1.0),):
                 if name in self._column:

@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.records import Run
 from eval.report.drawing import SERIES
-from eval.report.figures import Curve, Gates, Grid, Tally, gates
+from eval.report.figures import Gates, Grid, Tally, gates
 from eval.report.heat import cell, heat_map, strips
 from eval.report.plots import Dot, Point, coverage, differences, frontier, scores
 from eval.sections import Row, Section
@@ -19,6 +19,7 @@ from eval.table import Table
 
 CONFUSIONS = 16  # routers whose confusion is drawn
 STRIPS, TOKENS = 16, 400  # prompts, and tokens of each, whose experts are drawn
+LACKS = "† lacks samples: see the table."
 KNOW = ("oracle", "best-per-query")  # rows that could not be served: they know what is right
 
 Tell = Callable[[str, int, int], None]
@@ -66,7 +67,7 @@ def _todo(run: Run, table: Table, tally: Tally) -> Iterator[Draw]:
     yield partial(matrix, tally.matrix())
     inside = table.regimes.get("in-distribution")
     for row in best(inside)[:CONFUSIONS] if inside else []:
-        yield partial(confused, row.name, tally.confusion(row.name))
+        yield partial(confused, row, tally.confusion(row.name))
     for found in gates(run):
         yield partial(gated, found)
         yield partial(by_token, found)
@@ -84,9 +85,12 @@ def _value(row: Row, name: str, otherwise: float) -> float:
 
 
 def overview(table: Table) -> Picture | None:
+    short_of = {row.name for section in table.regimes.values() for row in section.rows if lacks(row)}
     regimes = {
         regime: {
-            row.name: Dot(row.name, figure.value, figure.low, figure.high, row.router.kind == "reference")
+            called(row, row.name in short_of): Dot(
+                called(row, row.name in short_of), figure.value, figure.low, figure.high, row.router.kind == "reference"
+            )
             for row in section.rows
             if (figure := row.figures.get("normalised")) and not np.isnan(figure.value)
         }
@@ -98,7 +102,8 @@ def overview(table: Table) -> Picture | None:
     rows.sort(key=lambda name: [-dots[name].value if name in dots else 9.0 for dots in regimes.values()])
     caption = said(
         """A mark is a router's normalised score in one regime, the line its 95 % interval: the further right, the
-        nearer to the oracle, which has 1. References are in grey."""
+        nearer to the oracle, which has 1. References are in grey.""",
+        LACKS if short_of else "",
     )
     return Picture("overview", "Every router in every regime", caption, scores(rows, regimes, "overview", caption))
 
@@ -108,7 +113,7 @@ def compared(section: Section, baseline: str) -> Picture | None:
     if not rows:
         return None
     dots = [
-        Dot(row.name, told.estimate.value, told.estimate.low, told.estimate.high, row.router.kind == "reference",
+        Dot(called(row), told.estimate.value, told.estimate.low, told.estimate.high, row.router.kind == "reference",
             bool(told.mark), row.borda, row.kemeny_place)
         for row in rows if (told := row.difference)
     ]  # fmt: skip
@@ -118,7 +123,8 @@ def compared(section: Section, baseline: str) -> Picture | None:
         f"""Left, how much more than {baseline} a router scores on the same prompts, with the 95 % interval, filled
         where it is significant after correction for the number of routers. Right, the share of other rows that it
         beats, task by task ({section.ranked} tasks), and its place in Kemeny's ranking{exact}: where left and right
-        disagree, a few tasks make the mean."""
+        disagree, a few tasks make the mean.""",
+        note(rows),
     )
     key = f"differences-{section.regime}"
     svg = differences(dots, baseline, key, caption)
@@ -135,11 +141,12 @@ def by_task(section: Section) -> Picture | None:
         return None
     unbounded = [task for task, keep in zip(section.tasks, kept, strict=True) if not keep]
     tasks = tuple(task for task, keep in zip(section.tasks, kept, strict=True) if keep)
-    grid = Grid(tuple(row.name for row in rows), tasks, values[:, kept])
+    grid = Grid(tuple(called(row) for row in rows), tasks, values[:, kept])
     caption = said(
         """A row is a router, a column a task in its own metric: a dark column is hard for everybody, a dark cell in a
         light column is a router that fails there.""",
         f"Not shown, for their scores have no common scale: {', '.join(unbounded)}." if unbounded else "",
+        note(rows),
     )
     key = f"tasks-{section.regime}"
     svg = heat_map(grid, key, caption, label="mean score", rows="router", columns="task")
@@ -147,48 +154,42 @@ def by_task(section: Section) -> Picture | None:
 
 
 def latency(section: Section) -> Picture | None:
-    points = [
-        Point(row.name, score.value, score.low, score.high, row.figures["p50_ms"].value, row.router.kind == "reference")
-        for row in section.rows
-        if (score := row.figures.get("normalised")) and _value(row, "p50_ms", 0) > 0 and not np.isnan(score.value)
-    ]
-    if len(points) < 2:
+    rows = [row for row in section.rows if _value(row, "normalised", -1) >= 0 and _value(row, "p50_ms", 0) > 0]
+    if len(rows) < 2:
         return None
-    points = [replace(point, front=_on_front(point, points)) for point in points]
+    figures = [(row, row.figures["normalised"], row.figures["p50_ms"].value) for row in rows]
+    servable = [(ms, score.value) for row, score, ms in figures if row.name not in KNOW]
+    points = [
+        Point(called(row), score.value, score.low, score.high, ms, row.router.kind == "reference",
+              row.name not in KNOW and _on_front(ms, score.value, servable))
+        for row, score, ms in figures
+    ]  # fmt: skip
     caption = said(
         """Up is better, left is faster, lines are 95 % intervals of the score. Filled marks on the dashed line are the
         Pareto front: nobody else is better without being slower. References are squares; oracles are not on the front,
-        for nobody can serve them."""
+        for nobody can serve them.""",
+        note(rows),
     )
     key = f"latency-{section.regime}"
     return Picture(key, "Quality against latency", caption, frontier(points, key, caption), regime=section.regime)
 
 
-def _on_front(point: Point, points: Sequence[Point]) -> bool:
-    if point.name in KNOW:
-        return False
-    others = [each for each in points if each.name not in KNOW]
-    return not any(
-        each.ms <= point.ms and each.score >= point.score and (each.ms, each.score) != (point.ms, point.score)
-        for each in others
-    )
-
-
-def curves(section: Section, tally: Tally) -> dict[str, Curve]:
-    """Of the routers that can be unsure, the best first."""
-    found = ((row.name, tally.abstention(section.regime, row.name)) for row in best(section))
-    return {name: curve for name, curve in found if curve}
+def _on_front(ms: float, score: float, among: Sequence[tuple[float, float]]) -> bool:
+    """Nobody is as fast and as good, and better in one of the two."""
+    return not any(x <= ms and y >= score and (x, y) != (ms, score) for x, y in among)
 
 
 def sureness(section: Section, tally: Tally) -> Picture | None:
-    found = curves(section, tally)
-    if not found:
+    rows = [row for row in best(section) if tally.abstention(section.regime, row.name)]
+    if not rows:
         return None
+    found = {called(row): curve for row in rows if (curve := tally.abstention(section.regime, row.name))}
     named = list(found)[: len(SERIES)]
     caption = said(
         """If a router let experts answer only what it is surest of: to the right it is less and less sure, up to the
         mark, which is what it does. Good confidence keeps scores high and false accepts low for long.""",
         f"The best {len(named)} are in colour, of {len(found)}." if len(found) > len(named) else "",
+        note(rows),
     )
     key = f"abstention-{section.regime}"
     return Picture(key, "Abstention", caption, coverage(found, named, key, caption), regime=section.regime)
@@ -205,19 +206,20 @@ def matrix(grid: Grid) -> Picture | None:
     return Picture("matrix", "Experts on tasks", caption, svg, "experts", grid=grid)
 
 
-def confused(router: str, grid: Grid) -> Picture | None:
+def confused(row: Row, grid: Grid) -> Picture | None:
     if np.isnan(grid.values).all():
         return None
     caption = said(
         """Of each task's prompts the share that each expert answered, in-distribution (a blend's experts share by
-        weight): colour outside the frames is confusion; a task without a frame is the base model's."""
+        weight): colour outside the frames is confusion; a task without a frame is the base model's.""",
+        note([row]),
     )
-    key = f"confusion-{slug(router)}"
-    alt = f"{router}: {confusions(grid)} {caption}"
+    key = f"confusion-{slug(row.name)}"
+    alt = f"{row.name}: {confusions(grid)} {caption}"
     svg = heat_map(
         grid, key, alt, label="share of the task's prompts", kind="share", rows="task", columns="who answered"
     )
-    return Picture(key, router, caption, svg, "experts", choice=router)
+    return Picture(key, called(row), caption, svg, "experts", choice=row.name)
 
 
 def confusions(grid: Grid, most: int = 3) -> str:
@@ -270,6 +272,21 @@ def _group(name: str) -> str:
         at = parts.index("layers")
         name = " ".join([parts[at + 1], ".".join(parts[at + 2 :])])
     return name.replace("_proj", "")
+
+
+def lacks(row: Row) -> str:
+    """What a row does not have that a complete one has; "" for nothing."""
+    missing = row.counts.get("missing", 0)
+    return f"{missing:,} of {row.counts['expected']:,} missing" if missing else ""
+
+
+def called(row: Row, lacking: bool | None = None) -> str:
+    """Its name, marked where samples lack."""
+    return f"{row.name} †" if (bool(lacks(row)) if lacking is None else lacking) else row.name
+
+
+def note(rows: Sequence[Row]) -> str:
+    return LACKS if any(map(lacks, rows)) else ""
 
 
 def said(*parts: str) -> str:

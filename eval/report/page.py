@@ -18,7 +18,7 @@ from markupsafe import Markup
 from eval.intervals import Estimate
 from eval.records import RouterInfo, Run
 from eval.report.examples import Losses
-from eval.report.gallery import Picture
+from eval.report.gallery import Picture, lacks
 from eval.sections import FIGURES, LOWER_IS_BETTER, Row, Section
 from eval.table import Table
 from eval.table_text import incomplete, notes, short
@@ -120,12 +120,6 @@ def shown(table: Table, section: Section, run: Run) -> Shown:
     return Shown(section.regime, tuple(columns), tuple(lines), tuple(notes(table, section)), lacking)
 
 
-def lacks(row: Row) -> str:
-    """What a row does not have that a complete one has; "" for nothing."""
-    missing = row.counts.get("missing", 0)
-    return f"{missing:,} of {row.counts['expected']:,} missing" if missing else ""
-
-
 def _best(rows: Iterable[Row], name: str) -> float | None:
     """The best value of complete rows that are no reference."""
     values = [
@@ -163,7 +157,9 @@ def _figure(name: str, figure: Estimate | None, best: float | None) -> Cell:
     if figure is None or not math.isfinite(figure.value):
         return Cell()
     told = _count if name in COUNTED else _share
-    interval = "" if figure.low == figure.high else _ends(told(figure.low), told(figure.high))
+    interval = (
+        "" if figure.low == figure.high or name in ("loads", "flops") else _ends(told(figure.low), told(figure.high))
+    )
     return Cell(told(figure.value), figure.value, interval, best is not None and figure.value == best)
 
 

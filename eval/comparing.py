@@ -185,47 +185,42 @@ def _pairs(
     resamples: int,
     seed: int,
 ) -> list[Pair]:
-    """Of one regime: both sides as rows of one grid, drawn together, with the first's references as two more rows."""
+    """Of one regime: firsts and seconds are rows of one grid, so that they are drawn together."""
     here, there = ours.of(regime), theirs.of(regime)
     names = [(a, b) for a, b in names if _has(here, a) and _has(there, b)]
     if not names:
         return []
-    count = len(names)
     grids = Grid(here, [a for a, _ in names]), Grid(there, [b for _, b in names])
     answered = [_answered(grid) for grid in grids]
-    together = answered[0] & answered[1]  # (E, count)
-    rows = [*(f"first {n}" for n in range(count)), *(f"second {n}" for n in range(count)), *REFERENCES]
-    joined = ours.renamed({name: name for name in REFERENCES}, rows).joined(
-        [
-            here.where(_kept(grids[0], together)).renamed({a: rows[n] for n, (a, _) in enumerate(names)}, rows),
-            there.where(_kept(grids[1], together)).renamed(
-                {b: rows[count + n] for n, (_, b) in enumerate(names)}, rows
-            ),
-        ]
-    )
-    measured = Measured(run, joined, "", sliced=True, resamples=resamples, seed=seed)
-    grid = Grid(joined.of(regime), rows)
-    firsts, seconds = list(range(count)), list(range(count, 2 * count))
+    together = answered[0] & answered[1]  # (E, pairs)
+    rows = [*(f"first {n}" for n in range(len(names))), *(f"second {n}" for n in range(len(names))), *REFERENCES]
+    beside = _beside(ours, grids, together, rows)
+    measured = Measured(run, beside, "", sliced=True, resamples=resamples, seed=seed)
+    grid = Grid(beside.of(regime), rows)
+    firsts, seconds = np.arange(2 * len(names)).reshape(2, -1).tolist()
     changes: list[dict[str, Change]] = [{} for _ in names]
     for name, figure in measured.figures(grid, regime).items():
         for n, gained in enumerate(figure.gained(seconds, firsts).estimates()):
             if not np.isnan(gained.value):
-                changes[n][name] = Change(float(figure.value[n]), float(figure.value[count + n]), gained)
+                value = figure.value[firsts[n]], figure.value[seconds[n]]
+                changes[n][name] = Change(float(value[0]), float(value[1]), gained)
     p, q = _significance(grid.score[:, seconds] - grid.score[:, firsts], measured, seed)
+    counts = together.sum(axis=0).tolist(), (answered[0] ^ answered[1]).sum(axis=0).tolist()
     return [
-        Pair(
-            regime=regime,
-            first=a,
-            second=b,
-            prompts=int(together[:, n].sum()),
-            left_out=int((answered[0][:, n] ^ answered[1][:, n]).sum()),
-            figures=changes[n],
-            p=p[n] if "score" in changes[n] else None,
-            q=q[n] if "score" in changes[n] else None,
-        )
+        Pair(regime, a, b, counts[0][n], counts[1][n], changes[n], *((p[n], q[n]) if "score" in changes[n] else ()))
         for n, (a, b) in enumerate(names)
-        if together[:, n].any()
+        if counts[0][n]
     ]
+
+
+def _beside(ours: Columns, grids: tuple[Grid, Grid], together: Bools, rows: Sequence[str]) -> Columns:
+    """Records of firsts, then of seconds, of prompts that both have; the first's references in every regime."""
+    parts = [ours.renamed({name: name for name in REFERENCES}, rows)]
+    for place, grid in enumerate(grids):
+        there = (grid.row >= 0) & together[grid.columns.ints("example"), grid.row]
+        names = {name: rows[place * len(grid.rows) + n] for n, name in enumerate(grid.rows)}
+        parts.append(grid.columns.where(there).renamed(names, rows))
+    return parts[0].joined(parts[1:])
 
 
 def _has(columns: Columns, router: str) -> bool:
@@ -238,12 +233,6 @@ def _answered(grid: Grid) -> Bools:
     judged = np.array([example.metric != "none" for example in columns.examples], bool)
     there = (columns["error"] == 0) & ~(judged[columns.ints("example")] & np.isnan(columns["score"]))
     return grid.sums(np.ones(len(columns)), there)[1] > 0
-
-
-def _kept(grid: Grid, together: Bools) -> Bools:
-    """(n,) records of prompts that both sides of a pair have answered."""
-    kept: Bools = (grid.row >= 0) & together[grid.columns.ints("example"), grid.row]
-    return kept
 
 
 def _significance(gained: Floats, measured: Measured, seed: int) -> tuple[list[float], list[float]]:

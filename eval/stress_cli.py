@@ -18,7 +18,8 @@ from router.encoder import Backend
 if TYPE_CHECKING:
     from eval.intervals import Estimate
     from eval.prompts import Files, Prompts
-    from eval.stress import Row, Samples
+    from eval.routing import RouterSpec
+    from eval.stress import Row, Samples, Trial
 
 
 def stress(
@@ -56,12 +57,8 @@ def stress(
     Text alone, as `moerge eval routing`; every figure comes with a 95 % bootstrap interval over tasks.
     """
     from eval import cli
-    from eval.encodings import Remembering, default_folder
     from eval.prompts import BadPrompts, Files
     from eval.stress import COUNTS, trials
-    from eval.stress import stress as measure
-    from router.encoder import load_encoder
-    from router.errors import RouterError
 
     if bool(register) != bool(test):
         cli._fail("--register and --test go together; without them the quickstart's prompts are taken.")
@@ -82,27 +79,14 @@ def stress(
     for line in cli.warnings(prompts):
         cli._err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     tried = trials(prompts, counts=tuple(count or COUNTS), times=times, distractors=others, seed=seed)
-    with cli.progress_bar() as tell:
-        try:
-            remembering = Remembering(load_encoder(encoder, backend=backend), default_folder() if cache else None)
-            texts = [*prompts.texts(), *(text for texts in others.values() for text in texts)]
-            remembering.prepare(texts, lambda done, total: tell("encoding", done, total))
-            each = partial(measure, resamples=resamples, seed=seed, tell=tell)
-            rows = [row for spec in specs for row in each(spec, prompts, remembering, tried)]
-        except RouterError as error:
-            cli._fail(str(error))
-    document = {
-        "rows": [row.json() for row in rows],
-        "ran": {
-            **cli.ran(files, prompts, remembering.id, resamples, seed),
-            "distractors": [
-                {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-                for path in distractors or ()
-            ],
-            "times": times,
-        },
+    rows, encoder_id = _measure(specs, prompts, tried, encoder, backend, cache, resamples, seed)
+    ran = cli.ran(files, prompts, encoder_id, resamples, seed) | {
+        "distractors": [
+            {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in distractors or ()
+        ],
+        "times": times,
     }
-    text = json.dumps(document, indent=1, ensure_ascii=False)
+    text = json.dumps({"rows": [row.json() for row in rows], "ran": ran}, indent=1, ensure_ascii=False)
     if json_file == "-":
         typer.echo(text)
         return
@@ -112,6 +96,37 @@ def stress(
         cli._out.print(table(spec.name, [row for row in rows if row.router == spec.name]))
     told = f"{len(prompts.test)} prompts, {len(prompts.ood)} out of domain; [low, high]: 95 %"
     cli._out.print(told, markup=False, highlight=False)
+
+
+def _measure(
+    specs: Sequence[RouterSpec],
+    prompts: Prompts,
+    tried: Sequence[Trial],
+    encoder: str | None,
+    backend: Backend,
+    cache: bool,
+    resamples: int,
+    seed: int,
+) -> tuple[list[Row], str]:
+    """The rows of every router, and the encoder's id."""
+    from eval import cli
+    from eval.encodings import Remembering, default_folder
+    from eval.stress import stress as measure
+    from router.encoder import load_encoder
+    from router.errors import RouterError
+
+    with cli.progress_bar() as tell:
+        try:
+            remembering = Remembering(load_encoder(encoder, backend=backend), default_folder() if cache else None)
+            sampled = (
+                text for trial in tried for part in trial.parts for texts in part.samples.values() for text in texts
+            )
+            texts = list(dict.fromkeys([*prompts.texts(), *sampled]))
+            remembering.prepare(texts, lambda done, total: tell("encoding", done, total))
+            each = partial(measure, resamples=resamples, seed=seed, tell=tell)
+            return [row for spec in specs for row in each(spec, prompts, remembering, tried)], remembering.id
+        except RouterError as error:
+            cli._fail(str(error))
 
 
 def _read(files: Files, distractors: tuple[Path, ...]) -> tuple[Prompts, Samples]:

@@ -67,10 +67,13 @@ def in_process(suite: Suite, experts: Sequence[Expert], folder: Path) -> Chosen:
     from eval.local import Local
 
     random = random_adapters(experts, folder / "random")
-    adapters = {each.name: each.path for each in experts} | random
     max_rank = engine_settings(suite)["max_rank"]
-    samples = {each.name: each.samples for each in experts}
-    engine = Local(suite.base_model, adapters, samples=samples, max_rank=max_rank)
+    engine = Local(
+        suite.base_model,
+        {each.name: each.path for each in experts} | random,
+        samples={each.name: each.samples for each in experts},
+        max_rank=max_rank,
+    )
 
     @asynccontextmanager
     async def open_it() -> AsyncIterator[Engine]:

@@ -42,7 +42,7 @@ def run(
     manifest: Annotated[Path | None, typer.Option(help="Base model and experts, instead of the suite's.")] = None,
     router: Annotated[
         list[str] | None,
-        typer.Option(help="Only this router of the suite, or 'retrieval:k=5': one of its own; repeatable."),
+        typer.Option(help="Only this router of the suite, or 'retrieval:top_k=3': one of its own; repeatable."),
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Only this task; repeatable.")] = None,
     regime: Annotated[list[str] | None, typer.Option(help="Only in-distribution, semi-ood or ood; repeatable.")] = None,
@@ -145,7 +145,7 @@ def chosen(
 
     changes: dict[str, Any] = {}
     if routers:
-        changes["routers"] = tuple(entry for given in routers for entry in entries_of(suite, given))
+        changes["routers"] = tuple(entry_of(suite, given) for given in routers)
     if unknown := [each for each in regimes if each not in suite.regimes]:
         known = ", ".join(suite.regimes)
         fail(
@@ -165,22 +165,42 @@ def chosen(
     return suite.model_copy(update=changes)
 
 
-def entries_of(suite: Suite, given: str) -> Iterator[RouterEntry]:
-    """A router of the suite by its name, or a method with settings as `moerge eval routing` takes it."""
-    from eval.cli import specs_of
+def entry_of(suite: Suite, given: str) -> RouterEntry:
+    """A router of the suite by its name, or a method: NAME, NAME:setting=value,... or NAME:{JSON}."""
+    from pydantic import ValidationError
+
     from eval.suite import RouterEntry
     from router.methods import METHODS
+    from router.methods.gated import NAMES
 
     known = {entry.name: entry for entry in suite.routers}
     if given in known:
-        yield known[given]
-    elif given.partition(":")[0] in METHODS:
-        for spec in specs_of(given):
-            yield RouterEntry(name=given, family="selection", method=spec.method, settings=dict(spec.settings))
-    else:
+        return known[given]
+    name, _, told = given.partition(":")
+    if name not in METHODS:
         fail(
             f"--router {given}: the suite has no such router, and there is no such method. It has: {', '.join(known)}."
         )
+    try:
+        settings = json.loads(told) if told.startswith("{") else dict(setting(each) for each in told.split(",") if each)
+        METHODS[name].Settings.model_validate(settings)
+        family = "gate" if name in NAMES else "mixture" if settings.get("top_k", 1) > 1 else "selection"
+        return RouterEntry(name=given, family=family, method=name, settings=settings)
+    except ValidationError as error:
+        fail("\n".join(f"--router {given}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+    except ValueError as error:
+        fail(f"--router {given}: {error}; give settings as {name}:setting=value,... or {name}:{{...}} in JSON.")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`k=5`; values are JSON, or else text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"'{text}' has no '='")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value.strip()
 
 
 def places(given: Sequence[str]) -> dict[str, Path]:

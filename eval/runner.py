@@ -186,8 +186,10 @@ class Runner:
         """In the order of tables: references, the matrix, routers."""
         matrix: list[Record] = []
         for record in self._recorded(self.planned()):
-            if record.regime == "in-distribution" and (record.router == "base" or record.router.startswith(EXPERT)):
+            if record.router.startswith(EXPERT):
                 matrix.append(record)
+            elif record.router == "base" and record.regime == self.setup.suite.regimes[0]:  # the same in all of them
+                matrix.append(record.model_copy(update={"regime": "in-distribution"}))
             yield record
         yield from scored(matrix, self.setup.examples, self.setup.suite.regimes)
 

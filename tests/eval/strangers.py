@@ -70,6 +70,8 @@ class Stranger(ThreadingHTTPServer):
         self.dies: int | None = None
         self.answered = 0
         self.headers: dict[str, str] = {}
+        self.models = ["base", "auto", "maths", "poetry"]
+        self.digests: dict[str, str] = {}
         self.lock = threading.Lock()
 
     @property
@@ -96,11 +98,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.dead():
             self.close_connection = True
         elif self.path == "/v1/models":
-            names = ("base", "auto", "maths", "poetry", "random-weights-0")
-            self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
-        elif self.path == "/v1/experts" and not self.server.deaf:
-            rows = [{"name": name, "digest": f"digest of {name}"} for name in ("maths", "poetry", "random-weights-0")]
-            self.reply(200, {"data": rows})
+            rows = [{"id": name, "object": "model"} for name in self.server.models]
+            self.reply(200, {"object": "list", "data": rows})
+        elif self.path == "/v1/experts" and self.server.digests:
+            self.reply(200, {"data": [{"name": name, "digest": each} for name, each in self.server.digests.items()]})
         elif self.path == "/v1/traces/dec-1":
             self.reply(200, {"decision": "dec-1", "experts": ["maths"], "weights": [[1.0]]})
         else:

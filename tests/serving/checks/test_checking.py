@@ -13,8 +13,7 @@ from adapters_registry.errors import VersionNotFound
 from adapters_registry.expert import State
 from serving.checks.run import to_check
 from serving.engine import EngineUnavailable
-
-from .conftest import FRENCH, TASKS, Proposals, names, rows, scaled, section, well_informed
+from tests.serving.checks.conftest import FRENCH, TASKS, Proposals, names, rows, scaled, section, well_informed
 
 
 def passed(report):

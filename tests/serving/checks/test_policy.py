@@ -12,8 +12,7 @@ from adapters_registry.expert import State
 from serving.checks.policy import verdict
 from serving.checks.report import Report, Section
 from serving.config import CheckSettings
-
-from .conftest import Proposals, names, well_informed
+from tests.serving.checks.conftest import Proposals, names, well_informed
 
 
 def report(**passed):
@@ -43,7 +42,7 @@ def test_nothing_required_is_nothing_to_fail():
 
 def test_an_unknown_check_cannot_be_required():
     with pytest.raises(ValidationError, match="own_task"):
-        CheckSettings(require=("own_taks",))
+        CheckSettings(require=("own-task",))
 
 
 async def promote(world, version=1, **more):

@@ -26,8 +26,9 @@ from rich.progress import (
 if TYPE_CHECKING:
     from adapters_registry.expert import Expert
     from eval.engines import Chosen
+    from eval.examples import Example
     from eval.questions import Tell
-    from eval.records import Run
+    from eval.records import Run, TaskInfo
     from eval.suite import RouterEntry, Suite
 
 BAD, INCOMPLETE, INTERRUPTED = 2, 3, 130
@@ -70,66 +71,111 @@ def run(
     A run that was interrupted or killed goes on where it was when the same command is given again.
     Leaves with 2 for what cannot be run, 3 for a run that lacks something.
     """
-    from eval.encodings import Remembering, default_folder
+    if endpoint and engine != "served":
+        fail("--endpoint and --engine peft are two different engines: give only one.")
+    try:
+        found, examples, tasks = read(suite, manifest, router, task, regime, limit, minutes, baseline, data)
+        if dry_run:
+            dry(found, examples, tasks)
+            return
+        told = {"limit": found.limit if limit is None else limit, "only": list(task or ())}
+        done = answered(found, examples, tasks, out, endpoint, api_key, engine, allow_code, told)
+        finish(out, done, as_json)
+    except KeyboardInterrupt:
+        say(f"Interrupted. What was answered is kept in {out}: the same command goes on from there.", "yellow")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def read(
+    given: str,
+    manifest: Path | None,
+    routers: Sequence[str] | None,
+    only: Sequence[str] | None,
+    regimes: Sequence[str] | None,
+    limit: int | None,
+    minutes: float | None,
+    baseline: str | None,
+    data: Sequence[str] | None,
+) -> tuple[Suite, Sequence[Example], Sequence[TaskInfo]]:
+    """The suite as the options have it, and its examples."""
     from eval.extra import ExtraMissing
     from eval.reading import BadData, examples_of
     from eval.suite import BadSuite, read_suite
 
-    if endpoint and engine != "served":
-        fail("--endpoint and --engine peft are two different engines: give only one.")
     try:
-        found = read_suite(suite, manifest=manifest)
-        found = chosen(found, router or (), regime or (), limit, minutes, baseline)
+        suite = read_suite(given, manifest=manifest)
+        suite = chosen(suite, routers or (), regimes or (), limit, minutes, baseline)
         with bars() as tell:
-            examples, tasks = examples_of(found, limit=limit, tasks=task, local=places(data or ()), tell=tell)
+            examples, tasks = examples_of(suite, limit=limit, tasks=only, local=places(data or ()), tell=tell)
     except (BadSuite, BadData, ExtraMissing) as error:
         fail(str(error))
-    for warning in found.warnings:
-        _err.print(escape(warning), style="yellow", highlight=False, soft_wrap=True)
-    if dry_run:
-        dry(found, examples, tasks)
-        return
+    for warning in suite.warnings:
+        notice(warning)
+    return suite, examples, tasks
+
+
+def answered(
+    suite: Suite,
+    examples: Sequence[Example],
+    tasks: Sequence[TaskInfo],
+    out: Path,
+    endpoint: str | None,
+    api_key: str | None,
+    engine: str,
+    allow_code: bool,
+    told: dict[str, Any],
+) -> Run:
+    """The run, written to `out`. Ends the command for what cannot be run."""
     from adapters_registry.errors import RegistryError
     from eval.asking import EngineGone
     from eval.cache import CACHE, Cache, CacheFailed
-    from eval.deciding import NotAskable, known_experts
+    from eval.deciding import NotAskable
+    from eval.encodings import Remembering, default_folder
     from eval.engines import Unsuitable
+    from eval.extra import ExtraMissing
     from eval.runner import BadRun, Setup
     from eval.runner import run as run_it
     from router.encoder import load_encoder
     from router.errors import RouterError
 
     try:
-        with locked(out, found), bars() as tell, Cache(out / CACHE, notice) as cache:
-            from adapters_registry.hub import Hub
-
+        with locked(out, suite), bars() as tell, Cache(out / CACHE, notice) as cache:
             tell("looking at the experts", 0, 0)
-            experts = known_experts(found.experts, Hub())
-            answering = answerer(found, experts, out, endpoint, api_key, engine, tell)
+            experts = experts_of(suite)
+            answering = answerer(suite, experts, out, endpoint, api_key, engine, tell)
             setup = Setup(
-                suite=found,
+                suite=suite,
                 experts=experts,
                 examples=examples,
                 tasks=tasks,
                 encoder=Remembering(load_encoder(), default_folder()),
                 engine_id=answering.id,
                 random=answering.random,
-                **costs(found, experts, answering),
+                **costs(suite, experts, answering),
                 resident=answering.resident,
                 max_rank=answering.max_rank,
-                minutes=found.minutes,
+                minutes=suite.minutes,
                 allow_code=allow_code,
-                settings=about(found, answering, limit, task),
+                settings=told | about(suite, answering),
             )
-            done = run_it(setup, answering.open, cache, out, tell)
-        finish(out, done, as_json)
-    except KeyboardInterrupt:
-        say(f"Interrupted. What was answered is kept in {out}: the same command goes on from there.", "yellow")
-        raise typer.Exit(INTERRUPTED) from None
+            return run_it(setup, answering.open, cache, out, tell)
     except EngineGone as error:
         fail(f"Nothing was answered: {error}", INCOMPLETE)
     except (BadRun, NotAskable, Unsuitable, CacheFailed, RegistryError, RouterError, ExtraMissing, OSError) as error:
         fail(str(error))
+
+
+def experts_of(suite: Suite) -> list[Expert]:
+    """With their files, fetched from the Hub where they are there. Ends the command for what is no adapter."""
+    from safetensors import SafetensorError
+
+    from adapters_registry.hub import Hub
+    from eval.deciding import known_experts
+
+    try:
+        return known_experts(suite.experts, Hub())
+    except (OSError, ValueError, SafetensorError) as error:
+        fail(f"An expert cannot be read: {error}")
 
 
 def chosen(
@@ -241,13 +287,11 @@ def costs(suite: Suite, experts: Sequence[Expert], answering: Chosen) -> dict[st
     return {"flops": flops.of, "parameters": {name: lora_parameters(path) for name, path in folders.items()}}
 
 
-def about(suite: Suite, answering: Chosen, limit: int | None, tasks: Sequence[str] | None) -> dict[str, Any]:
+def about(suite: Suite, answering: Chosen) -> dict[str, Any]:
     """What was run, for a reader of the run; nothing that differs when it is run again."""
     from eval.served import versions
 
     return {
-        "limit": suite.limit if limit is None else limit,
-        "only": list(tasks or ()),
         "seeds": list(suite.seeds),
         "statistics": list(suite.statistics),
         "concurrency": suite.concurrency,
@@ -256,7 +300,7 @@ def about(suite: Suite, answering: Chosen, limit: int | None, tasks: Sequence[st
     }
 
 
-def dry(suite: Suite, examples: Sequence[Any], tasks: Sequence[Any]) -> None:
+def dry(suite: Suite, examples: Sequence[Example], tasks: Sequence[TaskInfo]) -> None:
     """What would be run."""
     owned = sum(bool(each.owners) for each in examples)
     rows = 7 + len(suite.routers)

@@ -208,7 +208,7 @@ async def ready(url: str, warden: asyncio.subprocess.Process, log: Path, tell: T
         while time.monotonic() - started < STARTUP_LIMIT:
             if warden.returncode is not None:
                 raise EngineGone(f"The server did not start. {log} ends with:\n{tail(log)}")
-            tell(f"starting the server, {time.monotonic() - started:.0f} s", 0, 0)
+            tell("starting the server", 0, 0)
             try:
                 if (await http.get("/ready")).status_code == 200:
                     return

@@ -24,6 +24,7 @@ from eval.recipe import Recipe
 from eval.records import ExpertInfo, Record, RouterInfo, Run, TaskInfo, write_run
 from eval.references import EXPERT, fixed, infos, scored
 from eval.scoring import scorers
+from eval.scoring.code import refused
 
 if TYPE_CHECKING:
     from adapters_registry.expert import Expert
@@ -99,6 +100,9 @@ class Runner:
         self._metrics = scorers(allow_code=setup.allow_code)
         if problems := unscorable(setup.examples, self._metrics):
             raise BadRun(problems)
+        code = any(self._metrics[each.metric].needs == "code" for each in setup.examples)
+        if code and (refusal := refused(setup.allow_code)) is not None:
+            raise BadRun([refusal])
         contents = {each.name: each.digest for each in setup.experts} | dict(setup.random)
         self.questions = Questions(setup.engine_id, contents, self._metrics, cache)
         self._cache = cache

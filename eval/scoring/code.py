@@ -9,8 +9,18 @@ from math import comb
 from eval.asking import Reply
 from eval.examples import Example
 from eval.scoring.metric import CannotScore, Needs
-from eval.scoring.sandbox import passes
+from eval.scoring.sandbox import passes, unusable
 from eval.scoring.text import extracted, unreadable
+
+NOT_ALLOWED = (
+    "pass@k runs programs that a model has written: allow it with --allow-code (docs/evaluation.md says what the "
+    "sandbox holds back)"
+)
+
+
+def refused(allowed: bool) -> str | None:
+    """Why programs are not run, or cannot be; None where they are. Tries the sandbox, once in a process."""
+    return unusable() if allowed else NOT_ALLOWED
 
 
 def pass_at(k: int, n: int, c: int) -> float:
@@ -43,11 +53,8 @@ class PassAt:
         return ()
 
     def score(self, example: Example, reply: Reply) -> float:
-        if not self.allowed:
-            raise CannotScore(
-                f"{example.id}: '{self.name}' runs programs that a model has written; allow it with --allow-code "
-                "(docs/evaluation.md says what the sandbox holds back)"
-            )
+        if (refusal := refused(self.allowed)) is not None:
+            raise CannotScore(f"{example.id}: {refusal}")
         n = len(reply.texts)
         problem = self.lacks(example) or (f"{n} answers came, too few for '{self.name}'" if n < self.k else None)
         if problem is not None:

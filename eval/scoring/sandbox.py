@@ -43,11 +43,18 @@ def passes(program: str, limits: Limits = Limits()) -> bool:
 def run(program: str, limits: Limits = Limits()) -> int | None:
     """Its exit code, DONE at its end, negative for a signal; None when time was up. Raises CannotScore."""
     if (wall := walls()) is None:
-        raise CannotScore(
-            "pass@k cannot be measured here: programs of a model run as an ordinary user, not as root, on Linux or "
-            "macOS; as root only where util-linux's `setpriv` works"
-        )
+        raise CannotScore(unusable())
     return _run(program, limits, wall)
+
+
+def unusable() -> str | None:
+    """Why no program can be run on this machine; None where they can."""
+    if walls() is not None:
+        return None
+    return (
+        "pass@k cannot be measured here: programs of a model are run as an ordinary user, on Linux or macOS; as root "
+        "only where util-linux's `setpriv` works"
+    )
 
 
 def _run(program: str, limits: Limits, wall: tuple[str, ...]) -> int | None:

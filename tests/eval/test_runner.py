@@ -262,6 +262,14 @@ def test_an_example_that_its_metric_cannot_score_is_named_before_anything_is_ask
     assert engine.opened == 0
 
 
+def test_programs_that_may_not_run_are_not_asked_for(go):
+    engine = InProcess()
+    code = EXAMPLES[0].model_copy(update={"metric": "pass@1", "tests": "pass"})
+    with pytest.raises(BadRun, match="--allow-code"):
+        go(engine, examples=(code, *EXAMPLES[1:]))
+    assert engine.opened == 0
+
+
 def test_choices_are_asked_and_scored_by_their_log_likelihoods(go, rows):
     chosen = EXAMPLES[0].model_copy(update={"metric": "accuracy", "choices": ("long one", "no"), "gold": 1})
     go(InProcess(), examples=(chosen, *EXAMPLES[1:]))

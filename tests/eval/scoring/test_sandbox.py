@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from eval.scoring import CannotScore, confine, sandbox
+from eval.scoring.code import refused
 from eval.scoring.confine import DONE
 from eval.scoring.sandbox import Limits, passes, run, unprotected
 
@@ -139,6 +140,8 @@ def test_where_nothing_is_safe_nothing_runs(monkeypatch):
     monkeypatch.setattr(sandbox, "walls", lambda: None)
     with pytest.raises(CannotScore, match="ordinary user"):
         run("pass")
+    assert "ordinary user" in refused(True)
+    assert "--allow-code" in refused(False)
 
 
 @pytest.mark.parametrize("wall", [0, 1])

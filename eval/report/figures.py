@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.measuring import UNBOUNDED
 from eval.records import Record, Regime, Run, TaskInfo
 
 Floats = NDArray[np.float64]
@@ -27,6 +28,11 @@ class Grid:
     columns: tuple[str, ...]
     values: Floats
     own: tuple[tuple[int, int], ...] = ()
+
+    def only(self, rows: Sequence[bool] | NDArray[np.bool_]) -> Grid:
+        kept = [k for k, keep in enumerate(rows) if keep]
+        own = tuple((kept.index(row), column) for row, column in self.own if row in kept)
+        return Grid(tuple(self.rows[k] for k in kept), self.columns, self.values[kept], own)
 
     def json(self) -> dict[str, Any]:
         values = [[None if np.isnan(value) else round(float(value), 4) for value in row] for row in self.values]
@@ -131,6 +137,8 @@ class _Sure:
         self.asked = self.strangers = 0
 
     def add(self, record: Record) -> None:
+        if record.metric in UNBOUNDED:
+            return
         self.asked += record.score is not None
         self.strangers += not record.owners
         if record.kind == "base" or record.confidence is None:

@@ -145,7 +145,7 @@ def by_task(section: Section) -> Picture | None:
     caption = said(
         """A row is a router, a column a task in its own metric: a dark column is hard for everybody, a dark cell in a
         light column is a router that fails there.""",
-        f"Not shown, for their scores have no common scale: {', '.join(unbounded)}." if unbounded else "",
+        not_shown(unbounded),
         note(rows),
     )
     key = f"tasks-{section.regime}"
@@ -196,11 +196,15 @@ def sureness(section: Section, tally: Tally) -> Picture | None:
 
 
 def matrix(grid: Grid) -> Picture | None:
+    bounded = np.where(np.isnan(grid.values), 0, grid.values).min(axis=1, initial=0) >= 0
+    unbounded = [task for task, keep in zip(grid.rows, bounded, strict=True) if not keep]
+    grid = grid.only(bounded)
     if not grid.rows or np.isnan(grid.values).all():
         return None
     caption = said(
         """What every expert scores on every task's prompts, in-distribution: frames mark a task's own expert, and light
-        cells beside them experts that can stand in for it."""
+        cells beside them experts that can stand in for it.""",
+        not_shown(unbounded),
     )
     svg = heat_map(grid, "matrix", caption, label="mean score", rows="task", columns="expert")
     return Picture("matrix", "Experts on tasks", caption, svg, "experts", grid=grid)
@@ -287,6 +291,10 @@ def called(row: Row, lacking: bool | None = None) -> str:
 
 def note(rows: Sequence[Row]) -> str:
     return LACKS if any(map(lacks, rows)) else ""
+
+
+def not_shown(tasks: Sequence[str]) -> str:
+    return f"Not shown, for their scores have no common scale: {', '.join(tasks)}." if tasks else ""
 
 
 def said(*parts: str) -> str:

@@ -49,7 +49,7 @@ def heat_map(
     low, high = image.get_clim()
     scale = figure.colorbar(image, cax=bar, orientation="horizontal", ticks=[low, high])
     scale.outline.set_visible(False)
-    bar.set_xticklabels([f"{low:g}", f"{high:.3g}"])
+    bar.set_xticklabels([f"{low:.3g}", f"{high:.3g}"])
     bar.text(1.08, 0.5, label, transform=bar.transAxes, va="center")
     return svg(figure, name, alt)
 

@@ -12,7 +12,7 @@ from eval.examples import Example
 from eval.records import ExpertInfo, Record, Run, TaskInfo, read_examples, read_records, read_run
 from eval.report.examples import LENGTH, Oracle, cut, losses, who
 from eval.report.figures import BASE, Tally, gates
-from eval.report.gallery import confusions
+from eval.report.gallery import confusions, matrix
 from tests.eval.report.runs import GATED, Made
 
 
@@ -165,6 +165,28 @@ def test_a_router_that_loses_nothing_is_there_with_nothing_lost(read):
         oracle.add(record)
     found = losses(records, oracle, ["oracle"], examples)
     assert [(each.count, each.worst) for each in found] == [(0, ())] * 3
+
+
+def test_scores_without_a_scale_are_in_no_curve_and_no_heat_map():
+    tasks = [TaskInfo(name=name, metric=name, owners=("e",)) for name in ("exact_match", "log_likelihood")]
+    tally = Tally(Run(suite="s", digest="d", experts=(ExpertInfo(name="e"),), tasks=tuple(tasks)))
+    for number, (task, score) in enumerate([("exact_match", 1.0), ("exact_match", 0.0), ("log_likelihood", -7.0)] * 2):
+        for router in ("r", "expert:e"):
+            tally.add(
+                Record(router=router, regime="in-distribution", example=f"{task}/{number}", task=task, owners=("e",),
+                       metric=task, kind="select", experts=(("e", 1.0),), confidence=0.9 - number / 10, score=score)
+            )  # fmt: skip
+    curve = tally.abstention("in-distribution", "r")
+    assert curve is not None
+    assert (curve.answered[-1], curve.score[-1]) == (1.0, 0.5)
+    shown = tally.matrix().only([True, False])
+    assert (shown.rows, shown.own) == (("exact_match",), ((0, 1),))
+    pytest.importorskip("matplotlib", reason="the extra `eval` is not installed")
+    picture = matrix(tally.matrix())
+    assert picture is not None
+    assert picture.caption.endswith("log_likelihood.")
+    assert picture.grid is not None
+    assert picture.grid.rows == shown.rows
 
 
 def test_experts_stand_in_the_order_of_their_tasks():

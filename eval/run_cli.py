@@ -331,7 +331,8 @@ def finish(out: Path, done: Run, as_json: bool) -> None:
         typer.echo(json.dumps(made.json(), indent=1, ensure_ascii=False))
     else:
         typer.echo(markdown(made))
-    page = write_report(out)[0]
+    with bars() as tell:
+        page = write_report(out, tell)[0]
     say(f"The report: {page}" if page.name == HTML else f"The report: {page}. {NO_PAGE}")
     if not done.complete:
         for line in done.missing[:10]:

@@ -25,7 +25,7 @@ class Objection(Frozen):
     message: str
 
 
-class Verdict(Frozen):
+class Ruling(Frozen):
     """What the configured policy makes of a report. `passed` says nothing about checks that are not required."""
 
     passed: bool
@@ -54,7 +54,7 @@ class CheckFailed(ApiError):
         )
 
 
-def verdict(report: Report, settings: CheckSettings) -> Verdict:
+def ruling(report: Report, settings: CheckSettings) -> Ruling:
     """A required check that could not be measured has not been passed."""
     reasons = []
     for name in settings.require:
@@ -62,7 +62,7 @@ def verdict(report: Report, settings: CheckSettings) -> Verdict:
         if found is None or not found.passed:
             detail = found.detail if found else "it was not checked"
             reasons.append(Objection(code=name, message=f"{name}: {detail}"))
-    return Verdict(passed=not reasons, enforce=settings.enforce, required=settings.require, reasons=tuple(reasons))
+    return Ruling(passed=not reasons, enforce=settings.enforce, required=settings.require, reasons=tuple(reasons))
 
 
 def owned(expert: Expert, tenant: str | None) -> Expert:
@@ -102,7 +102,7 @@ def objection(expert: Expert, report: Report | None, settings: CheckSettings) ->
             f"Version {expert.version} of '{expert.name}' has not been checked. Run `moerge expert check {expert.name} "
             f"--version {expert.version}` first, or promote it with force."
         )
-    found = verdict(report, settings)
+    found = ruling(report, settings)
     return None if found.passed else CheckFailed(expert, found.reasons)
 
 

@@ -53,6 +53,8 @@ class Checks:
             raise EngineUnavailable(service.failure)
         progress("wait", 0.0)
         async with self._turn:
+            if service.calibration.stopping:
+                raise EngineUnavailable("The server is stopping.")
             try:
                 async with service.residency.lease(expert_adapter(version)):
                     report = await self._measure(version, progress)

@@ -1,4 +1,4 @@
-"""`moerge expert check`: what a version adds, whom it changes, what gets worse, and the policy's verdict."""
+"""`moerge expert check`: what a version adds, whom it changes, what gets worse, and the policy's ruling."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check(
         print_json(report)
     else:
         tell(report)
-    if not report["verdict"]["passed"] and report["verdict"]["enforce"] != "never":
+    if not report["ruling"]["passed"] and report["ruling"]["enforce"] != "never":
         raise typer.Exit(1)
 
 
@@ -68,7 +68,7 @@ def tell(report: dict[str, Any]) -> None:
             soft_wrap=True,
         )
     sections = {each["name"]: each for each in report["sections"]}
-    required = report["verdict"]["required"]
+    required = report["ruling"]["required"]
     for question, names in QUESTIONS.items():
         out.print(f"\n{question}", style="bold")
         for each in names:
@@ -77,7 +77,7 @@ def tell(report: dict[str, Any]) -> None:
     out.print()
     for note in report["notes"]:
         out.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
-    tell_verdict(report)
+    tell_ruling(report)
 
 
 def tell_section(section: dict[str, Any], *, required: bool) -> None:
@@ -109,10 +109,10 @@ def cell(column: str, value: Any) -> str:
     return str(value)
 
 
-def tell_verdict(report: dict[str, Any]) -> None:
-    verdict = report["verdict"]
+def tell_ruling(report: dict[str, Any]) -> None:
+    ruling = report["ruling"]
     out.print()
-    if verdict["passed"]:
+    if ruling["passed"]:
         out.print("It passes what checks.require asks for.", style="bold green", highlight=False)
         if report["state"] == "staged":
             words = f"moerge expert promote {report['name']} {report['version']}"
@@ -122,7 +122,7 @@ def tell_verdict(report: dict[str, Any]) -> None:
         "never": "Nothing comes of that: checks.enforce is never.",
         "warn": "It can be promoted all the same: checks.enforce is warn.",
         "always": "It is not promoted without --force: checks.enforce is always.",
-    }[verdict["enforce"]]
-    names = ", ".join(each["code"] for each in verdict["reasons"])
+    }[ruling["enforce"]]
+    names = ", ".join(each["code"] for each in ruling["reasons"])
     told = f"It does not pass what checks.require asks for: {names}. {consequence}"
     out.print(told, style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -32,7 +32,7 @@ class CheckReport(Report):
     state: State
     current_generation: int
     stale: bool
-    verdict: policy.Verdict
+    ruling: policy.Ruling
 
 
 def shown(service: Service, expert: Expert, report: Report) -> CheckReport:
@@ -41,7 +41,7 @@ def shown(service: Service, expert: Expert, report: Report) -> CheckReport:
         state=expert.state,
         current_generation=service.generation,
         stale=report.generation != service.generation,
-        verdict=policy.verdict(report, service.settings.checks),
+        ruling=policy.ruling(report, service.settings.checks),
     )
 
 

@@ -13,6 +13,7 @@ from adapters_registry.errors import ExpertNotFound, ExpertRefused, Reason
 from adapters_registry.expert import Expert, State
 from adapters_registry.proposal import Proposal
 from serving.auth import Caller
+from serving.checks import policy
 from serving.endpoints.common import AdminCaller, ServiceDep
 from serving.endpoints.experts import FolderReference, HubReference, problem, source_of
 from serving.errors import BadRequest
@@ -73,8 +74,7 @@ async def put_in_service(service: Service, proposal: Proposal) -> Expert:
     except ExpertRefused as error:
         if (same := same_content(error)) is None:
             raise
-    promote = service.registry.promote
-    expert = await asyncio.to_thread(promote, proposal.name, same.version, tenant=proposal.owner)
+    expert, _ = await policy.promote(service, proposal.name, same.version, tenant=proposal.owner, force=False)
     await service.refresh()
     return expert
 

@@ -30,7 +30,7 @@ async def test_a_good_new_expert_passes_with_its_figures(proposals):
     assert own["detail"].startswith("exact answers to 5 of its own samples: this version 100%; the base model 0%")
     assert "takes 0 of 30 held-out samples" in section(report, "confusion")["detail"]
     assert "of its own 5 samples it would get 5" in section(report, "confusion")["detail"]
-    assert report["verdict"] == {
+    assert report["ruling"] == {
         "passed": True,
         "enforce": "warn",
         "required": ["own_task", "regression", "duplicates", "loudness", "triggers"],
@@ -98,7 +98,7 @@ async def test_whose_prompts_it_takes_and_answers_worse_is_named(proposals):
         "change": pytest.approx(-lost / 5),
     }
     assert f"worse for 'reverse' ({lost / 5:.0%} of its samples)" in regression["detail"]
-    assert [each["code"] for each in report["verdict"]["reasons"]] == ["regression"]
+    assert [each["code"] for each in report["ruling"]["reasons"]] == ["regression"]
 
 
 async def test_one_that_answers_them_as_well_changes_hands_but_nothing_gets_worse(proposals):

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from adapters_registry.expert import State
-from serving.checks.policy import verdict
+from serving.checks.policy import ruling
 from serving.checks.report import Report, Section
 from serving.config import CheckSettings
 from tests.serving.checks.conftest import Proposals, names, well_informed
@@ -31,13 +31,13 @@ def report(**passed):
     ],
 )
 def test_what_is_required_has_to_be_passed_and_the_rest_informs(passed, against):
-    found = verdict(report(**passed), CheckSettings(require=("own_task", "loudness")))
+    found = ruling(report(**passed), CheckSettings(require=("own_task", "loudness")))
     assert [each.message for each in found.reasons] == against
     assert found.passed == (not against)
 
 
 def test_nothing_required_is_nothing_to_fail():
-    assert verdict(report(own_task=False), CheckSettings(require=())).passed
+    assert ruling(report(own_task=False), CheckSettings(require=())).passed
 
 
 def test_an_unknown_check_cannot_be_required():
@@ -71,7 +71,7 @@ async def test_what_was_not_checked_is_not_promoted(strict, many_adapters):
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "check_required")
         assert "moerge expert check french --version 1" in refused.json()["error"]["message"]
         assert world.service.active("french") is None
-        assert (await proposals.check())["verdict"]["passed"]
+        assert (await proposals.check())["ruling"]["passed"]
         promoted = await promote(world)
         assert (promoted.status_code, promoted.json()["warnings"]) == (200, [])
         assert (await world.ask("auto", "say in french tower")).json()["model"] == "french"
@@ -133,3 +133,12 @@ async def test_what_the_checks_say_is_not_told_to_other_tenants(strict, many_ada
         world.service.authenticator._needed.clear()
         refused = await world.http.post("/v1/experts/french/promote", json={"version": 1}, headers=headers)
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_owner")
+
+
+async def test_vllm_s_way_to_load_an_adapter_is_no_way_around_it(strict, adapters):
+    async with strict() as world:
+        await Proposals(well_informed(world), adapters[3]).stage()
+        body = {"lora_name": "french", "lora_path": str(adapters[3])}
+        refused = await world.http.post("/v1/load_lora_adapter", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "check_required")
+        assert world.service.active("french") is None

@@ -89,7 +89,7 @@ def test_a_good_new_expert_passes(server, testbed, vacancy, tmp_path):
     report = checked(
         server, scaled(testbed, tmp_path / "good", "plural", 1.001), "plurals", testbed.tests["plural"][:20]
     )
-    assert report["verdict"]["passed"], report["verdict"]
+    assert report["ruling"]["passed"], report["ruling"]
     own, confusion = report["by_name"]["own_task"], report["by_name"]["confusion"]
     assert own["figure"] > 0.5, "held-out prompts that nobody else can answer"
     assert confusion["passed"]
@@ -113,7 +113,7 @@ def test_one_that_is_ten_times_as_loud_is_told_with_its_figure(server, testbed, 
     loudness = report["by_name"]["loudness"]
     assert not loudness["passed"]
     assert loudness["figure"] > loudness["limit"]
-    assert not report["verdict"]["passed"]
+    assert not report["ruling"]["passed"]
 
 
 def test_one_that_answers_everybody_with_its_own_text_is_told_by_neutral_prompts(server, testbed, vacancy, tmp_path):

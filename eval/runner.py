@@ -229,6 +229,9 @@ class Runner:
             }
         if recipe.kind == "model":
             told |= self._answered_by(recipe, example, reply)
+        elif recipe.gate == "probe" and reply is not None and reply.experts:  # it only finds who answers
+            answering = Recipe.blend(dict(reply.experts))
+            told |= {"experts": reply.experts, "flops": self.setup.flops(answering), "adapter": adapter_of(answering)}
         return Record(
             router=each.router,
             regime=each.regime,

@@ -241,6 +241,7 @@ class Twin:
         self.groups = [
             Group(index, names, [linear[name].weight.shape for name in names], composite)
             for index, names in enumerate(groups_of(list(linear)))
+            if not composite.factors.keys().isdisjoint(names)
         ]
         self.linear = linear
         self.explicit = Explicit(self.layout) if explicit else None

@@ -52,8 +52,8 @@ def unusable() -> str | None:
     if walls() is not None:
         return None
     return (
-        "pass@k cannot be measured here: programs of a model are run as an ordinary user, on Linux or macOS; as root "
-        "only where util-linux's `setpriv` works"
+        "pass@k cannot be measured here: programs of a model are run as an ordinary user, on Linux; as root only "
+        "where util-linux's `setpriv` works"
     )
 
 

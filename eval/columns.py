@@ -1,10 +1,10 @@
-"""Records as columns: what tables need of a run, some eighty bytes to a record, whatever the answers' lengths."""
+"""Records as columns: what tables need of a run, some seventy bytes to a record, whatever the answers' lengths."""
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,9 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+Tell = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+
+EVERY = 1000  # records between two signs of life
 EXPERT = "expert:"  # rows of the matrix: an expert on every prompt
 
 
@@ -112,13 +115,15 @@ TYPES = {
 }
 
 
-def columns_of(records: Iterable[Record]) -> Columns:
+def columns_of(records: Iterable[Record], tell: Tell = lambda what, done, total: None, expected: int = 0) -> Columns:
     """Reads records once and forgets them. Raises NotARun where one is there twice."""
     values: dict[str, array[Any]] = {name: array(kind) for name, kind in TYPES.items()}
     appends = [column.append for column in values.values()]
     examples: dict[str, Asked] = {}
     numbers, routers, adapters = _Numbers(), _Numbers(), _Numbers()
-    for record in records:
+    for read, record in enumerate(records):
+        if read % EVERY == 0:
+            tell("reading records", read, max(read, expected))
         if record.example not in examples:
             examples[record.example] = Asked(
                 record.example, record.task, record.owners, record.tags, record.length, record.metric

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as Drawn
 
 if TYPE_CHECKING:
+    from eval.columns import Tell
     from eval.comparing import Comparison, Pair, Side, Verdict
     from eval.table import Table
 
@@ -62,15 +63,15 @@ def table(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
     """Show a run's table: every router in every regime, with intervals, of all prompts or a slice of them."""
+    from eval.columns import columns_of
     from eval.records import read_records, read_run
     from eval.table import table as tabulate
     from eval.table_text import csv_text, incomplete, markdown
 
-    with told():
+    with told() as tell:
         run = read_run(folder)
-        made = tabulate(
-            run, read_records(folder), where=where, by=by, baseline=baseline, resamples=resamples, seed=seed
-        )
+        columns = columns_of(read_records(folder), tell, run.expected)
+        made = tabulate(run, columns, where=where, by=by, baseline=baseline, resamples=resamples, seed=seed)
     if as_json:
         typer.echo(json.dumps(made.json(), indent=1, ensure_ascii=False))
     elif as_csv or as_markdown:
@@ -96,8 +97,8 @@ def compare(
     from eval.comparing import compare as paired
     from eval.comparing import sides
 
-    with told():
-        a, b = sides(first, second)
+    with told() as tell:
+        a, b = sides(first, second, tell=tell)
         found = paired(a, b, routers=router or (), regimes=regime or (), where=where, resamples=resamples, seed=seed)
     if as_json:
         typer.echo(json.dumps(found.json(), indent=1, ensure_ascii=False))
@@ -126,12 +127,13 @@ def gate(
     as_json: JSON = False,
 ) -> None:
     """Fail (exit 1) when a router of the candidate is worse than in the baseline; exit 3 when a run is incomplete."""
-    from eval.comparing import CannotCompare, sides
     from eval.comparing import compare as paired
     from eval.comparing import gate as judged
+    from eval.comparing import sides
+    from eval.sections import CannotCompare
 
-    with told():
-        a, b = sides(baseline, candidate)
+    with told() as tell:
+        a, b = sides(baseline, candidate, tell=tell)
         found = paired(
             a, b, routers=_watched(a, b, router), regimes=regime or (), where=where, resamples=resamples, seed=seed
         )
@@ -151,8 +153,8 @@ def gate(
 
 
 def _watched(a: Side, b: Side, given: Sequence[str] | None) -> list[str]:
-    from eval.comparing import CannotCompare
     from eval.records import REFERENCES
+    from eval.sections import CannotCompare
 
     if a.router or b.router or given:
         return list(given or ())
@@ -180,8 +182,13 @@ def _judged(found: Comparison, verdicts: Sequence[Verdict], metric: str, most: f
             }
             for each in verdicts
         ],
+        "not_judged": _not_judged(found, metric),
         "comparison": found.json(),
     }
+
+
+def _not_judged(found: Comparison, metric: str) -> list[str]:
+    return [f"{pair.regime}, {pair.name}" for pair in found.pairs if metric not in pair.figures]
 
 
 def show(made: Table) -> None:
@@ -257,6 +264,8 @@ def _show_verdicts(found: Comparison, verdicts: Sequence[Verdict], metric: str, 
     _draw(f"{metric}: at most {most:g} may be lost", titles, rows)
     for note in found.notes:
         say(note)
+    if left := _not_judged(found, metric):
+        say(f"Not judged, for '{metric}' says nothing about them in both: {'; '.join(left)}.")
     for what in found.lacking:
         say(f"The candidate lacks {what}.", "red")
     failed = sum(not each.passed for each in verdicts)
@@ -284,14 +293,16 @@ def _draw(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """What the user got wrong ends the command in one line."""
-    from eval.comparing import CannotCompare
+def told() -> Iterator[Tell]:
+    """A bar while records are read; what the user got wrong ends the command in one line."""
+    from eval.cli import progress_bar
     from eval.records import NotARun
+    from eval.sections import CannotCompare
     from eval.slices import BadSlice
 
     try:
-        yield
+        with progress_bar() as tell:
+            yield tell
     except (NotARun, BadSlice, CannotCompare) as error:
         fail(str(error))
 

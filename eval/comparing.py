@@ -10,21 +10,17 @@ from typing import Any
 import numpy as np
 from scipy.stats import false_discovery_control  # type: ignore[import-untyped]
 
-from eval.columns import Bools, Columns, Floats, columns_of
+from eval.columns import Bools, Columns, Floats, Tell, columns_of
 from eval.figures import Parts, gains
 from eval.intervals import RESAMPLES, Estimate, flipped
 from eval.measuring import Grid, Measured
 from eval.records import REGIMES, Regime, Run, read_records, read_run
-from eval.sections import FIGURES, LOWER_IS_BETTER, Mark, mark
+from eval.sections import FIGURES, LOWER_IS_BETTER, CannotCompare, Mark, mark
 from eval.slices import Where
 
 REFERENCES = ("oracle", "best-per-query")  # of the first run: what both sides are held against
 SOME = 5  # names that a note tells
 ROUNDING = 1e-9  # a loss of exactly the most that is allowed passes
-
-
-class CannotCompare(ValueError):
-    """There is nothing that both have."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +100,14 @@ class Comparison:
         return {**told, **lists, "pairs": [pair.json() for pair in self.pairs]}
 
 
-def sides(*given: str) -> list[Side]:
+def sides(*given: str, tell: Tell = lambda what, done, total: None) -> list[Side]:
     """Each FOLDER, or FOLDER:ROUTER. Raises NotARun, CannotCompare."""
     folders = [_split(each) for each in given]
-    read = {folder: (read_run(folder), columns_of(read_records(folder))) for folder in dict(folders)}
-    found = [Side(name, *read[folder], router) for name, (folder, router) in zip(given, folders, strict=True)]
+    runs = {folder: read_run(folder) for folder, _ in folders}
+    read = {folder: columns_of(read_records(folder), tell, run.expected) for folder, run in runs.items()}
+    found = [
+        Side(name, runs[folder], read[folder], router) for name, (folder, router) in zip(given, folders, strict=True)
+    ]
     for each in found:
         if each.router is not None and each.router not in each.routers:
             raise CannotCompare(f"{each.name}: no such router in the run. There are: {', '.join(each.routers)}.")

@@ -27,6 +27,11 @@ FIGURES = {
 }
 LOWER_IS_BETTER = ("regret", "false_accepts", "p50_ms", "p95_ms", "loads", "flops")
 
+
+class CannotCompare(ValueError):
+    """There is nothing to compare with, or nothing that both have."""
+
+
 Mark = Literal["better", "worse", ""]
 
 

@@ -12,7 +12,7 @@ from eval.columns import Columns, columns_of
 from eval.intervals import LEVEL, RESAMPLES
 from eval.measuring import Measured
 from eval.records import Record, Regime, Run
-from eval.sections import Section
+from eval.sections import CannotCompare, Section
 from eval.slices import BadSlice, By, Where, slices
 
 
@@ -58,12 +58,16 @@ def table(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Table:
-    """`baseline` is the run's if not given; `by` makes further tables. Raises BadSlice, and NotARun where records do.
+    """`baseline` is the run's if not given; `by` makes further tables.
+
+    Raises BadSlice, CannotCompare where the run has no such baseline, and NotARun where records do.
 
     Records are read once; `columns_of(records)` may be given to several calls instead.
     """
     columns = records if isinstance(records, Columns) else columns_of(records)
     slice_ = Where.parse(where)
+    if baseline is not None and baseline not in columns.routers:
+        raise CannotCompare(f"No router '{baseline}' to compare with. There are: {', '.join(columns.routers)}.")
     wanted = np.array([slice_.holds(example) for example in columns.examples], bool)
     if slice_.terms and not wanted.any():
         raise BadSlice(f"No example is in the slice {slice_.text}. {_what_there_is(columns)}")

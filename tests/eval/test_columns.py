@@ -45,6 +45,14 @@ def test_records_come_back_from_a_file_as_they_were(tmp_path: Path) -> None:
     np.testing.assert_allclose(columns["latency"], waited)
 
 
+def test_reading_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.columns.EVERY", 100)
+    told: list[tuple[str, int, int]] = []
+    records = list(records_of())[:250]
+    columns_of(records, lambda *each: told.append(each), expected=220)
+    assert told == [("reading records", 0, 220), ("reading records", 100, 220), ("reading records", 200, 220)]
+
+
 def test_an_example_that_only_the_matrix_has_is_one() -> None:
     columns = columns_of([Record(router="expert:add", regime="in-distribution", example="add/0", task="add")])
     assert len(columns) == 0

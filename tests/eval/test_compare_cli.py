@@ -90,6 +90,7 @@ def test_an_incomplete_run_shows_it_and_is_no_success(table: Command, compare: C
         (["table", "{a}/none"], "holds no run.json"),
         (["table", "{a}", "--where", "colour=red"], "'colour=red': no slice"),
         (["table", "{a}", "--where", "task=none"], "tasks: add, reverse, strange, vowels"),
+        (["table", "{a}", "--baseline", "knn"], "No router 'knn' to compare with. There are: base,"),
         (["compare", "{a}", "{a}:none"], "no such router in the run"),
         (["compare", "{a}", "{a}", "--regime", "odd"], "No regime odd"),
         (["gate", "--baseline", "{a}", "--candidate", "{a}", "--router", "none"], "has no router none"),
@@ -153,6 +154,13 @@ def test_a_gate_fails_what_is_worse(gate: Command, make_run: MakeRun) -> None:
         ("retrieval", True),
         ("fusion", False),
     ]
+
+
+def test_routers_without_the_figure_are_named(gate: Command, make_run: MakeRun) -> None:
+    folder = make_run()
+    result = gate(folder, folder, "--metric", "top1")
+    assert result.exit_code == 0
+    assert "Not judged, for 'top1' says nothing about them in both: semi-ood, retrieval; semi-ood" in result.stderr
 
 
 def test_references_are_watched_only_when_they_are_named(gate: Command, make_run: MakeRun) -> None:

@@ -217,6 +217,7 @@ def changed(value: float, low: float, high: float, metric: str = "score") -> Pai
         ((0.02, 0.01, 0.03), True, True),
         ((0.0, 0.0, 0.0), True, True),
         ((-0.01, -0.01, -0.01), True, True),  # the most that is allowed
+        ((-0.01 - 1e-12, -0.01 - 1e-12, -0.01), True, True),  # so is this, but for a sum in another order
         ((0.02, -0.02, 0.06), True, False),  # better, but who knows
         ((-0.005, -0.03, 0.02), True, False),
         ((-0.02, -0.04, 0.0), False, False),

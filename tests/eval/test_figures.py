@@ -55,14 +55,15 @@ def test_a_mean_over_few_tasks_draws_prompts_within_them() -> None:
         assert (each.low, each.high) == pytest.approx(scipy_interval(samples, mean))
 
 
+@pytest.mark.parametrize("missing", [0.0, 0.2])
 @pytest.mark.parametrize("tasks", [MANY, SOME])
-def test_a_share_of_the_oracle_is_drawn_with_the_oracle(tasks: list[str]) -> None:
-    values = scores(tasks)
+def test_a_share_of_the_oracle_is_drawn_with_the_oracle(tasks: list[str], missing: float) -> None:
+    values = scores(tasks, missing=missing)
     draws = Draws(tasks, resamples=500)
     ours, oracle = Parts.of(values[:, :1]), Parts.of(values[:, 1:2])
     found = over_tasks(ours, draws, oracle).estimates()[0]
     samples = [of_task(values, tasks, task) for task in dict.fromkeys(tasks)]
-    share = lambda drawn: np.mean([one[:, 0].mean() / one[:, 1].mean() for one in drawn])  # noqa: E731
+    share = lambda drawn: np.mean([np.divide(*np.nanmean(one, axis=0)[:2]) for one in drawn])  # noqa: E731
     assert found.value == pytest.approx(share(samples))
     assert found.low < found.value < found.high
     assert over_tasks(oracle, draws, oracle).estimates()[0] == over_tasks(oracle, draws, oracle).estimates()[0]

@@ -52,4 +52,3 @@ def random_weights(expert: Path, out: Path, seed: int) -> Path:
 def norm(factors: Factors) -> float:
     """Frobenius norm of B A, from products of its factors alone."""
     return float(inner_products([Factors(factors.B.double(), factors.A.double())])[0, 0].clamp(min=0).sqrt())
-

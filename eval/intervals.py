@@ -63,7 +63,7 @@ def estimate(
 ) -> Estimate:
     """`statistic` of all rows, with its percentile interval; populations are drawn independently of each other.
 
-    For a paired comparison give the difference of two figures on the same rows.
+    For a paired comparison give the difference of two figures on the same rows; its p-value is `flipped`.
     """
     value = statistic(*(groups.everything for groups in populations))
     if any(len(groups) < 2 for groups in populations):
@@ -72,26 +72,6 @@ def estimate(
         _resampled(statistic, populations, resamples, seed), [50 - 50 * level, 50 + 50 * level]
     ).tolist()
     return Estimate(value, low, high)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The mean difference on the same prompts, its interval, and how likely one at least as far from 0 is by chance."""
-
-    difference: Estimate
-    p: float
-
-
-def compare(
-    ours: Floats, theirs: Floats, groups: Groups, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
-) -> Comparison:
-    """Two scores (n,) of the same prompts. p = P(|d* - d| >= |d|), d* the difference of a bootstrap sample."""
-    gained = ours.astype(np.float64) - theirs
-    means = _resampled(lambda rows: gained[rows].mean(), [groups], resamples, seed)
-    d = float(gained.mean())
-    low, high = np.percentile(means, [50 - 50 * level, 50 + 50 * level]).tolist()
-    extreme = int((np.abs(means - d) >= abs(d) - 1e-12).sum())
-    return Comparison(Estimate(d, low, high), (extreme + 1) / (resamples + 1))
 
 
 def _resampled(statistic: Statistic, populations: Sequence[Groups], resamples: int, seed: int) -> Floats:

@@ -20,19 +20,6 @@ EXACT = 50  # systems, up to which the best ranking is found whatever it takes: 
 TOLERANCE = 1e-5  # more than the solver's own
 
 
-def normalised(scores: Floats, oracle: Floats) -> Floats:
-    """(S,) mean over tasks of score / oracle (T,); tasks where the oracle has nothing say nothing."""
-    tells = oracle > 0
-    share: Floats = (scores[tells] / oracle[tells, None]).mean(axis=0)
-    return share
-
-
-def regret(scores: Floats) -> Floats:
-    """(S,) what each system loses on average to the best of them on each row (a prompt, then, rather than a task)."""
-    lost: Floats = (scores.max(axis=1, keepdims=True) - scores).mean(axis=0)
-    return lost
-
-
 def borda(scores: Floats) -> Floats:
     """(S,) mean over tasks of the share of the other systems that a system beats; a tie beats half."""
     beaten = rankdata(scores, axis=1) - 1  # (T, S)

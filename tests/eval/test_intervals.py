@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binom, norm
+from scipy.stats import binom
 
-from eval.intervals import FEW, Groups, compare, estimate
+from eval.intervals import FEW, Groups, estimate
 
 
 def mean_of(values: np.ndarray):
@@ -60,19 +60,3 @@ def test_populations_are_drawn_apart_from_each_other() -> None:
 def test_of_a_single_prompt_there_is_no_interval() -> None:
     found = estimate(mean_of(np.ones(1)), [Groups(["a"])])
     assert found.json() == {"value": 1.0, "low": 1.0, "high": 1.0}
-
-
-def test_a_comparison_is_of_the_same_prompts() -> None:
-    rng = np.random.default_rng(0)
-    ours = rng.random(300)
-    for shift in (0.0, 0.02, 0.2):
-        theirs = ours - shift + rng.normal(0, 0.2, 300)
-        gain = ours - theirs
-        found = compare(ours, theirs, Groups(range(300)))
-        assert found.difference == estimate(lambda rows, d=gain: d[rows].mean(), [Groups(range(300))])
-        assert found.p == pytest.approx(2 * norm.sf(abs(gain.mean()) / gain.std() * 300**0.5), abs=0.03)
-
-
-def test_equal_scores_do_not_differ() -> None:
-    found = compare(np.ones(20), np.ones(20), Groups(range(20)))
-    assert (found.difference.value, found.p) == (0, 1)

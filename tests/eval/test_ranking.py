@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eval.ranking import borda, kemeny, normalised, places, regret
+from eval.ranking import borda, kemeny, places
 
 SCORES = st.tuples(st.integers(1, 6), st.integers(1, 5)).flatmap(
     lambda shape: arrays(np.float64, shape, elements=st.integers(0, 4).map(float))
@@ -77,15 +77,6 @@ def test_too_many_for_the_best_ranking_are_ranked_nearly_so(monkeypatch: pytest.
     by_borda = np.argsort(-borda(scores)).tolist()
     fewest = disagreements(scores, best)
     assert fewest <= disagreements(scores, near) <= min(disagreements(scores, by_borda), 1.01 * fewest)
-
-
-def test_normalised_scores_are_shares_of_the_oracle() -> None:
-    scores = np.array([[0.5, 1.0], [0.3, 0.1], [0.7, 0.0]])
-    assert normalised(scores, np.array([1.0, 0.2, 0.0])) == pytest.approx([(0.5 + 1.5) / 2, (1 + 0.5) / 2])
-
-
-def test_regret_is_what_the_best_of_each_row_has_more() -> None:
-    assert regret(np.array([[1.0, 0.0], [0.0, 0.5]])) == pytest.approx([0.25, 0.5])
 
 
 def test_neighbours_that_no_majority_sets_apart_share_a_place() -> None:

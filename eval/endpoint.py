@@ -43,13 +43,14 @@ class Endpoint:
         base: str,
         engine_id: str | None = None,
         concurrency: int = CONCURRENCY,
-        retries: int = RETRIES,
+        retries: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
         self.id = engine_id or f"{url} {base}"
         self._base = base
         self._concurrency = concurrency
-        self._url, self._api_key, self._retries, self._timeout = url, api_key, retries, timeout
+        self._url, self._api_key, self._timeout = url, api_key, timeout
+        self._retries = RETRIES if retries is None else retries
         self._opened: AsyncOpenAI | None = None
         self._tokens: dict[tuple[Any, ...], asyncio.Task[list[int]]] = {}
         self._refused = 0

@@ -13,7 +13,6 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from eval.cli import app
-from eval.endpoint import FAILURES
 from eval.records import read_records, read_run
 from tests.eval.strangers import Stranger
 
@@ -113,7 +112,7 @@ def test_a_run_that_lacks_something_leaves_with_3_and_says_what(suite, there, tm
 
 def test_an_endpoint_that_dies_half_way_leaves_with_3_and_the_same_command_goes_on(suite, there, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.endpoint.RETRIES", 0)
-    there.dies = FAILURES + 4
+    there.dies = 6
     arguments = (suite, "--out", tmp_path / "out", "--endpoint", there.url)
     done = eval_run(*arguments)
     assert done.exit_code == 3, done.output

@@ -117,13 +117,20 @@ class Blend(Frozen):
     settings: dict[str, Any] = Field(default_factory=dict)
 
     def recipe(self, names: Sequence[str]) -> Recipe:
-        """Of those of its experts that are among `names`; without weights they share what there is."""
+        """Of those of its experts that are among `names`; without weights they share what there is.
+
+        So do settings that are told by member (the layers of `layer_swap`).
+        """
         if isinstance(self.experts, Mapping):
             weights = {name: weight for name, weight in self.experts.items() if name in names}
         else:
             members = [name for name in names if self.experts == "all" or name in self.experts]
             weights = {name: 1 / len(members) for name in members}
-        return Recipe.blend(weights, self.operator, self.settings)
+        settings = {
+            key: {name: each for name, each in told.items() if name in weights} if isinstance(told, Mapping) else told
+            for key, told in self.settings.items()
+        }
+        return Recipe.blend(weights, self.operator, settings)
 
 
 class RouterEntry(Frozen):

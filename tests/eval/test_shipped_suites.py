@@ -340,6 +340,9 @@ def test_the_quickstart_has_every_method_and_operator_that_needs_no_training(her
     assert set(METHODS) - methods == {"bandit", "random", "base", "phatgoose", "meteora"}
     operators = {router.settings.get("operator", "cat") for router in told.routers if router.settings.get("top_k")}
     assert set(OPERATORS) - operators == {"layer_swap"}
+    (fixed,) = [router.blend for router in told.routers if router.blend]
+    assert fixed.recipe(["vowels", "uppercase"]).operator == "layer_swap"
+    assert fixed.recipe(["uppercase"]).settings == {"layers": {"uppercase": "2-3"}}
     assert [router.family for router in told.routers] == sorted(
         (router.family for router in told.routers), key=["selection", "mixture", "operator", "gate"].index
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from adapters_registry.base import BaseSpec
 from adapters_registry.expert import Expert, State
 from adapters_registry.proposal import FolderSource, Proposal
 from adapters_registry.registry import Registry
+from router.methods import SERVED
 from serving.registration import register
 
 NOUNS = ("banana", "window", "cherry", "castle", "pencil")
@@ -30,9 +32,9 @@ TASKS = {
 FRENCH = "say in french {}"
 
 
-def rows(task: str, answer: str) -> tuple[dict[str, str], ...]:
+def rows(task: str, answer: str, nouns: Sequence[str] = NOUNS) -> tuple[dict[str, str], ...]:
     """Samples of a task, which `answer` answers with its own name."""
-    return tuple({"prompt": task.format(noun), "answer": f"{answer} {noun}"} for noun in NOUNS)
+    return tuple({"prompt": task.format(noun), "answer": f"{answer} {noun}"} for noun in nouns)
 
 
 def names(answer: str) -> Callable[[str], str]:
@@ -91,12 +93,15 @@ def section(report: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
+#: The quickest method alone: what is tested here is what becomes of its decisions.
+ROUTER = {"method": "retrieval", "methods": {name: None for name in SERVED if name != "retrieval"}}
+
+
 @pytest.fixture
 def running(serve: Any, crowd: Path, tmp_path: Path) -> Callable[..., Any]:
     """`async with running(**settings) as world`: a server on a copy of the crowd, the same one at a restart."""
     shutil.copytree(crowd, tmp_path / "data")
-    started: Callable[..., Any] = serve
-    return started
+    return partial(serve, router=ROUTER)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ async def test_a_good_new_expert_passes_with_its_figures(proposals):
         "reasons": [],
     }
     assert "training data" in report["notes"][0]
-    assert (report["state"], report["method"], report["stale"]) == ("staged", "fusion", False)
+    assert (report["state"], report["method"], report["stale"]) == ("staged", "retrieval", False)
 
 
 async def test_nothing_is_routed_to_it_and_nothing_of_it_stays_loaded(proposals):
@@ -77,12 +77,8 @@ async def test_a_new_version_is_measured_against_the_one_that_serves(proposals, 
 
 
 async def test_whose_prompts_it_takes_and_answers_worse_is_named(proposals):
-    """All prompts of `reverse`, and it answers none of them rightly."""
-    own = tuple(
-        {**row, "answer": row["answer"].replace("reverse", "french")} for row in rows(TASKS["reverse"], "reverse")
-    )
-    more = tuple({"prompt": f"spell backwards please now {noun}", "answer": f"french {noun}"} for noun in "abcdefgh")
-    await proposals.stage(samples=own + more)
+    """More prompts for the task of `reverse`, and it answers none of them as `reverse` does."""
+    await proposals.stage(samples=rows(TASKS["reverse"], "french", "abcdefghijkl"))
     report = await proposals.check()
     confusion, regression = section(report, "confusion"), section(report, "regression")
     assert (confusion["passed"], regression["passed"]) == (False, False)
@@ -102,8 +98,7 @@ async def test_whose_prompts_it_takes_and_answers_worse_is_named(proposals):
 
 
 async def test_one_that_answers_them_as_well_changes_hands_but_nothing_gets_worse(proposals):
-    more = tuple({"prompt": f"spell backwards please now {noun}", "answer": f"reverse {noun}"} for noun in "abcdefgh")
-    await proposals.stage(samples=rows(TASKS["reverse"], "reverse") + more)
+    await proposals.stage(samples=rows(TASKS["reverse"], "reverse", "abcdefghijkl"))
     proposals.world.engine.says["french"] = names("reverse")
     report = await proposals.check()
     assert not section(report, "confusion")["passed"]
@@ -224,7 +219,7 @@ async def test_an_engine_that_dies_leaves_no_report(proposals, until):
     await proposals.stage()
     engine.gate.clear()
     task = asyncio.create_task(proposals.world.http.post("/v1/experts/french/check"))
-    await until(lambda: engine.waiting)
+    await until(lambda: engine.waiting, 60)
     engine.dead = True
     engine.gate.set()
     response = await task
@@ -244,7 +239,7 @@ async def test_a_version_that_is_removed_meanwhile_leaves_nothing(proposals, unt
     expert = await proposals.stage()
     world.engine.gate.clear()
     task = asyncio.create_task(world.http.post("/v1/experts/french/check"))
-    await until(lambda: world.engine.waiting)
+    await until(lambda: world.engine.waiting, 60)
     await asyncio.to_thread(world.registry.remove, "french")
     world.engine.gate.set()
     response = await task
@@ -257,13 +252,13 @@ async def test_it_goes_on_when_its_client_leaves(proposals, until):
     await proposals.stage()
     world.engine.gate.clear()
     call = world.call("/v1/experts/french/check", None, content=b"")
-    await until(lambda: world.engine.waiting)
+    await until(lambda: world.engine.waiting, 60)
     call.hang_up()
     call.task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await call.task
     world.engine.gate.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await world.http.get("/v1/experts/french/check")).status_code != 200:
             await asyncio.sleep(0.01)
 
@@ -274,7 +269,7 @@ async def test_a_stop_ends_a_check_that_is_waiting_for_answers(running, many_ada
         expert = await proposals.stage()
         world.engine.gate.clear()
         task = asyncio.create_task(world.service.checks.run(expert, lambda *_: None))
-        await until(lambda: world.engine.waiting)
+        await until(lambda: world.engine.waiting, 60)
         world.service.calibration.stopping = True
         world.engine.gate.set()
         with pytest.raises(EngineUnavailable, match="stopping"):

@@ -297,7 +297,7 @@ def progress_bar(before: str = "") -> Iterator[Tell]:
 
 def _fail(message: str) -> NoReturn:
     _err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
+    raise typer.Exit(2)
 
 
 if __name__ == "__main__":

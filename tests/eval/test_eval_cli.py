@@ -118,7 +118,7 @@ def test_bad_rows_end_it_by_file_and_line(run: Run, files: list[str], tmp_path: 
     register = tmp_path / "register.jsonl"
     register.write_text(register.read_text() + "\nnonsense\n")
     result = run(*files)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith(f"{register}:13: not JSON")
     assert result.stdout == ""
 
@@ -136,7 +136,7 @@ def test_bad_rows_end_it_by_file_and_line(run: Run, files: list[str], tmp_path: 
 )
 def test_a_router_that_cannot_be_measured_says_why(run: Run, files: list[str], given: str, told: str) -> None:
     result = run(*files, "--router", given)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert told in result.stderr
 
 
@@ -152,7 +152,7 @@ def test_where_the_result_cannot_go_is_known_before_anything_is_measured(
 ) -> None:
     for wrong in (tmp_path, tmp_path / "absent" / "out.json"):
         result = run(*files, "--json", wrong)
-        assert (result.exit_code, result.stderr.partition(":")[0]) == (1, f"--json {wrong}")
+        assert (result.exit_code, result.stderr.partition(":")[0]) == (2, f"--json {wrong}")
 
 
 def test_warnings_name_what_makes_figures_mean_less() -> None:
@@ -167,5 +167,5 @@ def test_warnings_name_what_makes_figures_mean_less() -> None:
 def test_it_is_a_program(tmp_path: Path) -> None:
     command: list[Any] = [sys.executable, "-m", "eval.cli", "routing", "--register", tmp_path / "no", "--test", "no"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "80"})
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[0] == f"{tmp_path / 'no'}: No such file or directory"

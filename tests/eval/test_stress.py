@@ -195,6 +195,6 @@ def test_what_cannot_be_measured_is_said(run: Run, tmp_path: Path) -> None:
     assert "go together" in run("--register", register).stderr
     test = written(tmp_path / "test.jsonl", [("a", "red")])
     missing = run("--register", register, "--test", test, "--distractors", tmp_path / "none.jsonl")
-    assert missing.exit_code == 1
+    assert missing.exit_code == 2
     assert "none.jsonl" in missing.stderr
     assert "No router 'magic'" in run("--register", register, "--test", test, "--router", "magic").stderr

@@ -39,7 +39,9 @@ _err = Console(stderr=True)
 
 def run(
     suite: Annotated[str, typer.Argument(help="A suite's file, or the name of one that comes along.")],
-    out: Annotated[Path, typer.Option(help="Folder for the run, its report and what is known so far.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the run and its report; runs/SUITE when not given.")
+    ] = None,
     manifest: Annotated[Path | None, typer.Option(help="Base model and experts, instead of the suite's.")] = None,
     router: Annotated[
         list[str] | None,
@@ -73,6 +75,7 @@ def run(
     """
     if endpoint and engine != "served":
         fail("--endpoint and --engine peft are two different engines: give only one.")
+    out = out or Path("runs") / Path(suite).stem
     try:
         found, examples, tasks = read(suite, manifest, router, task, regime, limit, minutes, baseline, data)
         if dry_run:

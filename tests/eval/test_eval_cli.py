@@ -166,5 +166,6 @@ def test_warnings_name_what_makes_figures_mean_less() -> None:
 
 def test_it_is_a_program(tmp_path: Path) -> None:
     command: list[Any] = [sys.executable, "-m", "eval.cli", "routing", "--register", tmp_path / "no", "--test", "no"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "80"})
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == f"{tmp_path / 'no'}: No such file or directory"

@@ -1,4 +1,4 @@
-"""`moerge eval run` on real vLLM: its answers are the slow twin's, and a kill -9 in the middle changes nothing."""
+"""`moerge eval run` on real vLLM, of its own and another's: the slow twin's answers; a kill -9 changes nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -28,6 +29,7 @@ ROUTERS: list[dict[str, Any]] = [
     {"name": "retrieval", "method": "retrieval"},
     {"name": "mixture", "method": "retrieval", "settings": MIX},
     {"name": "ties", "method": "retrieval", "settings": {**MIX, "operator": "ties"}},
+    {"name": "regmean", "method": "retrieval", "settings": {**MIX, "operator": "regmean"}},
     {"name": "arrow", "method": "arrow"},
     {"name": "pair", "blend": {"experts": ["reverse", "uppercase"], "operator": "knots"}},
     {"name": "auto", "model": "auto"},
@@ -43,6 +45,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "small",
         "manifest": str(TESTBED / "manifest.yaml"),
         "concurrency": 2,
+        "engine": {"slots": 4, "max_rank": 64},  # as the other server of these tests
+        "statistics": ["gram"],
         "defaults": {"prompt": "{{ prompt }}", "answer": "{{ answer }}", "max_tokens": 24, "limit": 2},
         "tasks": [*tasks, {"name": "strange", "data": str(TESTBED / "ood.jsonl")}],
         "routers": ROUTERS,
@@ -70,17 +74,21 @@ def answers(out: Path) -> int:
             return 0
 
 
-def without_times(out: Path) -> list[dict[str, Any]]:
-    return [each.model_dump(exclude={"route_ms", "answer_ms"}) for each in read_records(out)]
+def what_came(out: Path, leave_out: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Without times; and without costs, as nobody knows to which rank another's server cuts a blend."""
+    records = (each for each in read_records(out) if each.router not in leave_out)
+    return [each.model_dump(exclude={"route_ms", "answer_ms", "flops"}) for each in records]
 
 
 @pytest.fixture(scope="module")
-def whole(server: Any, suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without interruption, asked of the running server."""
+def whole(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruption, on a server of its own, which is gone when it is done."""
     out = tmp_path_factory.mktemp("whole")
-    done = ran(suite, out, "--endpoint", server.url)
+    done = ran(suite, out)
     assert done.returncode == 0, done.stderr
     assert "| oracle |" in done.stdout
+    ours = str(out / "server" / "config.yaml")
+    assert not [each for each in psutil.process_iter(["cmdline"]) if ours in (each.info["cmdline"] or ())]
     return out
 
 
@@ -97,7 +105,7 @@ def test_the_run_is_complete_and_says_what_the_testbed_is_known_for(whole):
     run = read_run(whole)
     assert run.complete, run.missing
     names = {each.name for each in run.routers}
-    assert names >= {each["name"] for each in ROUTERS} | set(REFERENCES) - {"random-weights"}
+    assert names >= {each["name"] for each in ROUTERS} | set(REFERENCES)
     assert mean(of(whole, "oracle")) > 0.8
     assert mean(of(whole, "retrieval")) > 0.8
     assert mean(of(whole, "base")) < 0.5
@@ -110,20 +118,17 @@ def test_the_run_is_complete_and_says_what_the_testbed_is_known_for(whole):
 
 def test_answers_are_those_of_transformers_and_peft(whole, suite, tmp_path):
     """A token that is as likely as another but for rounding may be the other one."""
-    only = ("--router", "retrieval", "--router", "mixture", "--router", "ties", "--router", "arrow", "--router", "pair")
-    slow = yaml.safe_load(suite.read_text())
-    slow["engine"] = {"max_rank": 64}  # the running server's
-    other = tmp_path / "small.yaml"
-    other.write_text(yaml.safe_dump(slow))
-    done = ran(other, tmp_path / "slow", "--engine", "peft", *only)
+    named = [each["name"] for each in ROUTERS if "model" not in each]
+    only = [part for name in named for part in ("--router", name)]
+    done = ran(suite, tmp_path, "--engine", "peft", *only)
     assert done.returncode == 0, done.stderr
-    told = {(each.router, each.regime, each.example, each.seed): each for each in read_records(tmp_path / "slow")}
+    told = {(each.router, each.regime, each.example, each.seed): each for each in read_records(tmp_path)}
     both = [
         (each, told[key])
         for each in read_records(whole)
         if (key := (each.router, each.regime, each.example, each.seed)) in told
     ]
-    assert {fast.router for fast, _ in both} >= {"oracle", "uniform", "mixture", "ties", "arrow", "pair"}
+    assert {fast.router for fast, _ in both} >= {"oracle", "uniform", "random-weights", *named}
     decided = [(fast.experts, fast.adapter, fast.ranked) for fast, _ in both]
     assert decided == [(slow.experts, slow.adapter, slow.ranked) for _, slow in both]
     differ = [(fast.router, fast.answer, slow.answer) for fast, slow in both if fast.answer != slow.answer]
@@ -131,7 +136,10 @@ def test_answers_are_those_of_transformers_and_peft(whole, suite, tmp_path):
 
 
 def test_a_kill_in_the_middle_changes_nothing(server, whole, suite, tmp_path):
-    arguments = command(suite, tmp_path, "--endpoint", server.url)
+    """On another server, which has neither statistics nor random weights, and `auto` without those."""
+    same = [each["name"] for each in ROUTERS if each["name"] not in ("auto", "regmean")]
+    only = [part for name in same for part in ("--router", name)]
+    arguments = command(suite, tmp_path, "--endpoint", server.url, *only)
     killed = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not answers(tmp_path) and killed.poll() is None and time.monotonic() < deadline:
@@ -140,11 +148,11 @@ def test_a_kill_in_the_middle_changes_nothing(server, whole, suite, tmp_path):
     killed.wait()
     assert 0 < answers(tmp_path) < answers(whole)
     assert not (tmp_path / "run.json").exists()
-    done = ran(suite, tmp_path, "--endpoint", server.url)
+    done = ran(suite, tmp_path, "--endpoint", server.url, *only)
     assert done.returncode == 0, done.stderr
-    assert without_times(tmp_path) == without_times(whole)
-    assert read_run(tmp_path).model_copy(update={"traces": ()}) == read_run(whole).model_copy(update={"traces": ()})
-    assert [each["example"] for each in read_run(tmp_path).traces] == [
+    found, wanted = what_came(tmp_path), what_came(whole, ("random-weights", "auto", "regmean"))
+    differ = [pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1]]
+    assert len(differ) <= len(wanted) / 50, differ[0]  # two servers may round a tie in two ways
+    assert {each["example"] for each in read_run(tmp_path).traces} == {
         each["example"] for each in read_run(whole).traces
-    ]
-    assert answers(tmp_path) == answers(whole)
+    }

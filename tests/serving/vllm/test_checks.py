@@ -57,7 +57,7 @@ def obsessed(testbed: Any, folder: Path) -> Path:
     for name, (A, B) in adapted._factors.items():
         factors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
     optimizer = torch.optim.Adam([each.requires_grad_() for each in factors.values()], lr=3e-3)
-    for step in range(20):
+    for step in range(30):
         with adapted.loaded():
             loss = Batch.of(examples[16 * step % 320 :][:16]).loss(model)
         optimizer.zero_grad()

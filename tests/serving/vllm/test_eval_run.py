@@ -23,7 +23,7 @@ from tests.serving.vllm.conftest import TESTBED
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-TASKS = ("reverse", "roman", "vowels")
+TASKS = ("reverse", "roman")
 MIX = {"top_k": 3, "spread": 0.2, "threshold": -1, "grid": 0.25}
 ROUTERS: list[dict[str, Any]] = [
     {"name": "retrieval", "method": "retrieval"},

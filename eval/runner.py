@@ -314,13 +314,15 @@ class Runner:
         return row.name != "random-weights" or bool(self.setup.random)
 
     def _traces(self) -> Iterator[dict[str, Any]]:
+        dropped = ("id", "decision")
         for router, questions in self._traced.items():
             replies = self.questions.replies(questions.values())
             for example, question in questions.items():
                 reply = replies.get(question.key)
                 if reply is None or reply.trace is None:
                     continue
-                trace = {key: value for key, value in reply.trace.items() if key != "decision"}  # a random id
+                # Without ids and times, and without digits that depend on what else was in the batch.
+                trace = {key: rounded(value) for key, value in reply.trace.items() if key not in dropped}
                 yield {
                     "router": router,
                     "regime": "in-distribution",
@@ -328,6 +330,13 @@ class Runner:
                     "prompt": question.example.prompt.routing_text(),
                     "trace": trace,
                 }
+
+
+def rounded(value: Any, digits: int = 4) -> Any:
+    """Every number in lists of lists."""
+    if isinstance(value, list):
+        return [rounded(each, digits) for each in value]
+    return round(value, digits) if isinstance(value, float) else value
 
 
 class Progress:

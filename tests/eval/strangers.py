@@ -45,7 +45,12 @@ class InProcess:
                     tokens=3,
                     seconds=0.25,
                     experts=(("maths", 1.0),) if ask.recipe.kind == "model" else None,
-                    trace={"decision": f"dec-{len(self.asked)}", "experts": list(ask.recipe.names)}
+                    trace={
+                        "id": f"dec-{len(self.asked)}",
+                        "decision": {"id": "dec"},
+                        "experts": list(ask.recipe.names),
+                        "weights": [[1 / 3]],
+                    }
                     if ask.traced
                     else None,
                 ),

@@ -250,7 +250,8 @@ def test_traces_of_gates_are_kept_without_what_changes_from_run_to_run(go):
     done = go(InProcess())
     assert {each["router"] for each in done.traces} == {"arrow"}
     assert len({each["example"] for each in done.traces}) == len(done.traces) == 3
-    assert all("decision" not in each["trace"] for each in done.traces)
+    assert all(set(each["trace"]) == {"experts", "weights"} for each in done.traces)
+    assert done.traces[0]["trace"]["weights"] == [[0.3333]]
     assert done.traces[0]["prompt"] == "add three numbers"
 
 

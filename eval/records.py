@@ -29,7 +29,7 @@ REFERENCES = {
     "best-per-query": "whichever single expert, or the base model, does best on the prompt",
     "random": "an expert drawn at random",
     "best-single": "the one expert that does best over all of these prompts",
-    "uniform": "all experts with equal weights, merged by cat",
+    "uniform": "all experts (64 of them at most) with equal weights, merged by cat",
     "random-weights": "an adapter with random weights as large as the experts'",
 }
 

@@ -21,6 +21,8 @@ K = TypeVar("K", bound=Hashable)
 
 #: Adapters with random weights, as an engine has them (`eval.random_weights`).
 RANDOM: Names = tuple(f"random-weights-{k}" for k in range(4))
+#: Experts that a request may name.
+MOST = 64
 #: Rows of the matrix: an expert on every prompt.
 EXPERT = "expert:"
 
@@ -66,11 +68,16 @@ def _fixed(
     yield row("base", Recipe())
     if len(set(example.owners)) < 2:
         yield row("oracle", Recipe.expert(example.owners[0]) if example.owners else Recipe())
-    yield row("uniform", uniform(allowed) if allowed else Recipe())
+    yield row("uniform", uniform(together(allowed)) if allowed else Recipe())
     for seed in seeds:
         yield row("random", Recipe.expert(drawn(allowed, seed, example)) if allowed else Recipe(), seed)
         if random_weights:
             yield row("random-weights", Recipe.expert(drawn(random_weights, seed, example)), seed)
+
+
+def together(allowed: Sequence[str]) -> list[str]:
+    """All of these, or where they are too many for one request a sample, much the same for every prompt."""
+    return sorted(sorted(allowed, key=lambda name: Random(name).random())[:MOST])
 
 
 def drawn(among: Sequence[str], seed: int, example: Example) -> str:

@@ -11,7 +11,7 @@ from eval.deciding import Planned
 from eval.examples import Example
 from eval.recipe import Recipe, uniform
 from eval.records import REFERENCES, REGIMES, Record, Regime
-from eval.references import EXPERT, drawn, fixed, infos, scored
+from eval.references import EXPERT, MOST, drawn, fixed, infos, scored, together
 
 NAMES = ("a", "b", "c")
 
@@ -221,3 +221,11 @@ def test_scores_below_zero_are_compared_as_they_are() -> None:
     assert single == {"b"}, "by means over tasks: a .38, b .6, c .42"
     best = {each.example: each.score for each in found if each.router == "best-per-query" and each.owners}
     assert best == {key: max(row) for key, row in negative.items()}
+
+
+def test_of_many_experts_a_request_names_as_many_as_it_may() -> None:
+    names = [f"expert-{n}" for n in range(100)]
+    some = together(names)
+    assert len(some) == MOST and some == sorted(some)
+    assert len(set(some) & set(together(names[1:]))) >= MOST - 1
+    assert together(names[:MOST]) == sorted(names[:MOST])

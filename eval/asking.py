@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from eval.recipe import Recipe
 from router.text import BUDGET, routing_text
+
+#: Progress: what is being done, how much of it is done, of how much (0: nobody knows).
+Tell = Callable[[str, int, int], None]
 
 
 class Frozen(BaseModel):
@@ -98,7 +101,7 @@ class Reply(Frozen):
 
 
 class Engine(Protocol):
-    """What answers. `id` tells engines apart whose answers differ; `serves` are the names of experts that it has."""
+    """What answers. `id` tells engines apart whose answers differ."""
 
     id: str
 

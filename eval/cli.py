@@ -6,30 +6,27 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from eval.compare_cli import compare, gate, table
 from eval.report.cli import report
 from eval.run_cli import run
 from eval.stress_cli import stress
+from eval.terminal import fail, out, progress_bar, say, settings_of
 from router.encoder import Backend
 
 if TYPE_CHECKING:
+    from eval.asking import Tell
     from eval.prompts import Files, Prompts
-    from eval.routing import Result, RouterSpec, Tell
+    from eval.routing import Result, RouterSpec
 
 app = typer.Typer(name="eval", help="Measure how good the routing is.", no_args_is_help=True)
-_out = Console()
-_err = Console(stderr=True)
 
 PAIRS = 10  # confusions that the terminal shows; the JSON has all
 NAMED = 5  # tasks that a warning names
@@ -101,15 +98,15 @@ def routing(
         description=description,
         samples=samples,
     )
-    specs = [spec for given in router or _default() for spec in specs_of(given)]
+    specs = [spec for given in router or default() for spec in specs_of(given)]
     if json_file not in (None, "-"):
-        _writable(Path(str(json_file)))
+        writable(Path(str(json_file)))
     try:
         prompts = read_prompts(files)
     except BadPrompts as error:
-        _fail(str(error))
+        fail(str(error))
     for line in warnings(prompts):
-        _err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say(line)
     with progress_bar() as tell:
         results, encoder_id = _measure(specs, prompts, encoder, backend, cache, far, resamples, seed, tell)
     document = {
@@ -146,11 +143,11 @@ def _measure(
         each = partial(measure, far=far, resamples=resamples, seed=seed, tell=tell)
         measured = [each(spec, prompts, remembering) for spec in specs]
     except (RouterError, CalibrationFailed) as error:
-        _fail(str(error))
+        fail(str(error))
     return measured, remembering.id
 
 
-def _default() -> list[str]:
+def default() -> list[str]:
     """What plain `auto` is on a server with the default settings."""
     from router.router import RouterSettings
 
@@ -159,8 +156,6 @@ def _default() -> list[str]:
 
 def specs_of(given: str) -> list[RouterSpec]:
     """The routers that an option names: NAME, NAME:setting=value,..., NAME:{JSON} or `all`."""
-    from pydantic import ValidationError
-
     from eval.routing import RouterSpec
     from router.methods import METHODS
     from router.methods.gated import NAMES
@@ -168,36 +163,19 @@ def specs_of(given: str) -> list[RouterSpec]:
     known = [name for name in METHODS if name not in NAMES]
     if given == "all":
         return [RouterSpec(name, name) for name in known]
-    name, _, told = given.partition(":")
+    name = given.partition(":")[0]
     if name in NAMES:
-        _fail(
+        fail(
             f"'{name}' weighs experts inside the model, which text alone does not show; measurable: {', '.join(known)}."
         )
     if name not in METHODS:
-        _fail(f"No router '{name}'. There are: {', '.join(known)}; or all.")
-    try:
-        settings = json.loads(told) if told.startswith("{") else dict(map(_setting, filter(None, told.split(","))))
-        METHODS[name].Settings.model_validate(settings)
-    except ValidationError as error:
-        _fail("\n".join(f"--router {given}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
-    except ValueError as error:
-        _fail(f"--router {given}: {error}; give settings as {name}:setting=value,... or {name}:{{...}} in JSON.")
-    return [RouterSpec(given, name, settings)]
+        fail(f"No router '{name}'. There are: {', '.join(known)}; or all.")
+    return [RouterSpec(given, name, settings_of(given))]
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"'{text}' has no '='")
-    try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value.strip()
-
-
-def _writable(path: Path) -> None:
+def writable(path: Path) -> None:
     if path.is_dir() or not path.resolve().parent.is_dir():
-        _fail(f"--json {path}: {'a folder' if path.is_dir() else 'its folder does not exist'}; name a file.")
+        fail(f"--json {path}: {'a folder' if path.is_dir() else 'its folder does not exist'}; name a file.")
 
 
 def warnings(prompts: Prompts) -> Iterator[str]:
@@ -216,6 +194,10 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(shown[:NAMED]) + (", ..." if len(shown) > NAMED else "")
 
 
+def digests(paths: Iterable[Path]) -> list[dict[str, str]]:
+    return [{"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in paths]
+
+
 def ran(files: Files, prompts: Prompts, encoder_id: str, resamples: int, seed: int) -> dict[str, Any]:
     """What was measured, and with what."""
     from eval.intervals import FEW, LEVEL
@@ -223,7 +205,7 @@ def ran(files: Files, prompts: Prompts, encoder_id: str, resamples: int, seed: i
     groups = len({task for task, _ in prompts.test})
     return {
         "files": {
-            kind: [{"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in paths]
+            kind: digests(paths)
             for kind, paths in (
                 ("register", files.register),
                 ("test", files.test),
@@ -260,17 +242,17 @@ def ran(files: Files, prompts: Prompts, encoder_id: str, resamples: int, seed: i
 
 def show(results: Sequence[Result], prompts: Prompts) -> None:
     """The figures, one column to a router, then each router's most frequent confusions."""
-    beside = max(1, (_out.width - MARGIN) // max([COLUMN, *(len(result.router.name) + 3 for result in results)]))
+    beside = max(1, (out.width - MARGIN) // max([COLUMN, *(len(result.router.name) + 3 for result in results)]))
     for start in range(0, len(results), beside):
-        _out.print(_figures(results[start : start + beside]))
+        out.print(_figures(results[start : start + beside]))
     counts = f"{len(prompts.test)} prompts of {len(prompts.samples)} experts, {len(prompts.ood)} out of domain"
-    _out.print(f"{counts}; [low, high]: 95 %", markup=False, highlight=False)
+    out.print(f"{counts}; [low, high]: 95 %", markup=False, highlight=False)
     for result in results:
         if result.confusions:
             pairs = Table("own expert", "ranked first", "prompts", title=f"{result.router.name}: confusions")
             for task, best, count in result.confusions[:PAIRS]:
                 pairs.add_row(task, best or "(none)", str(count))
-            _out.print(pairs)
+            out.print(pairs)
 
 
 def _figures(results: Sequence[Result]) -> Table:
@@ -280,24 +262,6 @@ def _figures(results: Sequence[Result]) -> Table:
         cells = [result.metrics[name] for result in results]
         table.add_row(name, *(f"{c.value:.{digits}f} [{c.low:.{digits}f}, {c.high:.{digits}f}]" for c in cells))
     return table
-
-
-@contextmanager
-def progress_bar(before: str = "") -> Iterator[Tell]:
-    """A bar on stderr while this is entered; `before` stands before what is done."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=_err, transient=True) as progress:
-        bar = progress.add_task("starting", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            progress.update(bar, description=f"{before} {what}".strip(), completed=done, total=total)
-
-        yield tell
-
-
-def _fail(message: str) -> NoReturn:
-    _err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(2)
 
 
 if __name__ == "__main__":

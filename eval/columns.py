@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.records import REGIMES, NotARun, Record, Regime
+from eval.asking import Tell
+from eval.records import EXPERT, REGIMES, NotARun, Record, Regime
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-Tell = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 EVERY = 1000  # records between two signs of life
-EXPERT = "expert:"  # rows of the matrix: an expert on every prompt
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,17 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table as Drawn
 
+from eval.terminal import FAILED, INCOMPLETE, fail, out, progress_bar, say
+
 if TYPE_CHECKING:
-    from eval.columns import Tell
+    from eval.asking import Tell
     from eval.comparing import Comparison, Pair, Side, Verdict
     from eval.table import Table
-
-_out, _err = Console(), Console(stderr=True)
-
-FAILED, BAD_INPUT, INCOMPLETE = 1, 2, 3  # exit codes
-
 
 # As in eval.slices and eval.sections, which take seconds to import.
 By = Literal["tag", "task", "expert", "length"]
@@ -141,12 +137,11 @@ def gate(
         if not verdicts:
             raise CannotCompare(f"No router has '{metric}' in both; see `moerge eval compare`.")
     passed = all(each.passed for each in verdicts)
-    complete = found.complete and not found.lacking
     if as_json:
         typer.echo(json.dumps(_judged(found, verdicts, metric, max_regression, strict), indent=1))
     else:
         _show_verdicts(found, verdicts, metric, max_regression)
-    if not complete:
+    if not found.whole:
         raise typer.Exit(INCOMPLETE)
     if not passed:
         raise typer.Exit(FAILED)
@@ -165,10 +160,9 @@ def _watched(a: Side, b: Side, given: Sequence[str] | None) -> list[str]:
 
 
 def _judged(found: Comparison, verdicts: Sequence[Verdict], metric: str, most: float, strict: bool) -> dict[str, Any]:
-    complete = found.complete and not found.lacking
     return {
-        "passed": complete and all(each.passed for each in verdicts),
-        "complete": complete,
+        "passed": found.whole and all(each.passed for each in verdicts),
+        "complete": found.whole,
         "metric": metric,
         "max_regression": most,
         "strict": strict,
@@ -196,13 +190,13 @@ def show(made: Table) -> None:
     from eval.table_text import cells, incomplete, notes
 
     if warning := incomplete(made):
-        _out.print(warning, style="bold red", markup=False, highlight=False)
+        out.print(warning, style="bold red", markup=False, highlight=False)
     for regime, section in made.regimes.items():
         if section.rows:
             titles, rows = cells(section)
             _draw(f"{made.suite}: {regime}" + (f" ({made.where})" if made.where else ""), titles, rows)
             for line in notes(made, section):
-                _out.print(line, style="dim", markup=False, highlight=False)
+                out.print(line, style="dim", markup=False, highlight=False)
     for each in made.slices.values():
         show(each)
 
@@ -219,7 +213,7 @@ def differences(found: Comparison) -> None:
         where = f" ({found.where})" if found.where else ""
         _draw(f"{regime}: A {found.first}, B {found.second}{where}", titles, [[t[n] for n in names] for t in texts])
     legend = "A, B: score; the rest: B - A. [low, high]: 95%, paired; ▲ better, ▼ worse (sign flips, corrected)."
-    _out.print(legend, style="dim", markup=False, highlight=False)
+    out.print(legend, style="dim", markup=False, highlight=False)
     for note in found.notes:
         say(note)
 
@@ -269,7 +263,7 @@ def _show_verdicts(found: Comparison, verdicts: Sequence[Verdict], metric: str, 
     for what in found.lacking:
         say(f"The candidate lacks {what}.", "red")
     failed = sum(not each.passed for each in verdicts)
-    if not found.complete or found.lacking:
+    if not found.whole:
         say("INCOMPLETE: this gate does not pass.", "bold red")
     say(f"{failed} of {len(verdicts)} fail." if failed else f"All {len(verdicts)} pass.", "red" if failed else "green")
 
@@ -279,7 +273,7 @@ def _draw(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     widths = [max(len(text) for text in column) + 3 for column in zip(titles, *rows, strict=True)]
     groups: list[list[int]] = [[]]
     for column in range(1, len(titles)):
-        if groups[-1] and widths[0] + sum(widths[each] for each in [*groups[-1], column]) + 1 > _out.width:
+        if groups[-1] and widths[0] + sum(widths[each] for each in [*groups[-1], column]) + 1 > out.width:
             groups.append([])
         groups[-1].append(column)
     for number, group in enumerate(groups):
@@ -289,13 +283,12 @@ def _draw(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> N
             drawn.add_column(titles[column], justify="right", no_wrap=True)
         for row in rows:
             drawn.add_row(*(row[column] for column in [0, *group]))
-        _out.print(drawn)
+        out.print(drawn)
 
 
 @contextmanager
 def told() -> Iterator[Tell]:
     """A bar while records are read; what the user got wrong ends the command in one line."""
-    from eval.cli import progress_bar
     from eval.records import NotARun
     from eval.sections import CannotCompare
     from eval.slices import BadSlice
@@ -305,12 +298,3 @@ def told() -> Iterator[Tell]:
             yield tell
     except (NotARun, BadSlice, CannotCompare) as error:
         fail(str(error))
-
-
-def fail(message: str) -> NoReturn:
-    say(message, "red")
-    raise typer.Exit(BAD_INPUT)
-
-
-def say(message: str, style: str = "yellow") -> None:
-    _err.print(message, style=style, markup=False, highlight=False, soft_wrap=True)

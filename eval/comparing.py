@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from scipy.stats import false_discovery_control  # type: ignore[import-untyped]
 
-from eval.columns import Bools, Columns, Floats, Tell, columns_of
+from eval.asking import Tell
+from eval.columns import Bools, Columns, Floats, columns_of
 from eval.figures import Parts, gains
 from eval.intervals import RESAMPLES, Estimate, flipped
-from eval.measuring import Grid, Measured
+from eval.measuring import KNOW, Grid, Measured
 from eval.records import REGIMES, Regime, Run, read_records, read_run
 from eval.sections import FIGURES, LOWER_IS_BETTER, CannotCompare, Mark, mark
 from eval.slices import Where
 
-REFERENCES = ("oracle", "best-per-query")  # of the first run: what both sides are held against
 SOME = 5  # names that a note tells
 ROUNDING = 1e-9  # a loss of exactly the most that is allowed passes
 
@@ -93,6 +93,11 @@ class Comparison:
     lacking: tuple[str, ...] = ()
     complete: bool = True
     where: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing could hide a regression."""
+        return self.complete and not self.lacking
 
     def json(self) -> dict[str, Any]:
         told = {name: getattr(self, name) for name in ("first", "second", "where", "complete")}
@@ -192,7 +197,7 @@ def _pairs(
     grids = Grid(here, [a for a, _ in names]), Grid(there, [b for _, b in names])
     answered = [_answered(grid) for grid in grids]
     together = answered[0] & answered[1]  # (E, pairs)
-    rows = [*(f"first {n}" for n in range(len(names))), *(f"second {n}" for n in range(len(names))), *REFERENCES]
+    rows = [*(f"first {n}" for n in range(len(names))), *(f"second {n}" for n in range(len(names))), *KNOW]
     beside = _beside(ours, grids, together, rows)
     measured = Measured(run, beside, "", sliced=True, resamples=resamples, seed=seed)
     grid = Grid(beside.of(regime), rows)
@@ -214,7 +219,7 @@ def _pairs(
 
 def _beside(ours: Columns, grids: tuple[Grid, Grid], together: Bools, rows: Sequence[str]) -> Columns:
     """Records of firsts, then of seconds, of prompts that both have; the first's references in every regime."""
-    parts = [ours.renamed({name: name for name in REFERENCES}, rows)]
+    parts = [ours.renamed({name: name for name in KNOW}, rows)]
     for place, grid in enumerate(grids):
         there = (grid.row >= 0) & together[grid.columns.ints("example"), grid.row]
         names = {name: rows[place * len(grid.rows) + n] for n, name in enumerate(grid.rows)}

@@ -18,11 +18,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from eval.cli import progress_bar, specs_of
+from eval.cli import specs_of
 from eval.encodings import Remembering, default_folder
 from eval.prompts import Prompts
 from eval.routebench import Half, half_of, prompt_sets
 from eval.routing import RouterSpec, experts_of
+from eval.terminal import progress_bar
 from router.calibrating import calibrate, calibration_error, outcome, weigh
 from router.calibration import Calibration
 from router.encoder import Backend, load_encoder

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from adapters_registry.lora import CARD, CONFIG, KEPT
 from adapters_registry.proposal import FolderSource, HubSource, Proposal, Source
 from adapters_registry.prototypes import prototype_texts
 from adapters_registry.store import content_digest
+from eval.asking import Tell
 from eval.cache import Cache
 from eval.encodings import Remembering
 from eval.examples import Example
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from eval.suite import RouterEntry
 
 Names = tuple[str, ...]
-Tell = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 RANKED = 5  # candidates that a record lists
 WARM_UP = 3  # encodings before one is timed

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from eval.asking import Ask, EngineGone, Likelihood, Prompt, Reply
+from eval.asking import Ask, EngineGone, Likelihood, Reply
 from eval.recipe import Recipe
 from eval.testbed.remote import parse_experts
 
@@ -166,7 +166,7 @@ class Endpoint:
             common["seed"] = ask.seed
         if ask.prompt.form == "chat":
             raw = await self._client.chat.completions.with_raw_response.create(
-                messages=cast(Any, messages_of(ask.prompt)), **common
+                messages=cast(Any, ask.prompt.body()["messages"]), **common
             )
             headers, chat = raw.headers, raw.parse()
             texts, usage = tuple(each.message.content or "" for each in chat.choices), chat.usage
@@ -249,7 +249,7 @@ class Endpoint:
         blanks at the end of the prompt belong to the choice, as in lm-evaluation-harness.
         """
         if ask.prompt.form == "chat":
-            prompt = await self._tokenized(messages=messages_of(ask.prompt), add_generation_prompt=True)
+            prompt = await self._tokenized(messages=ask.prompt.body()["messages"], add_generation_prompt=True)
             ends = [await self._tokenized(prompt=choice, add_special_tokens=False) for choice in ask.choices]
             return [len(prompt)] * len(ends), [prompt + end for end in ends]
         text = ask.prompt.text.rstrip()
@@ -294,11 +294,6 @@ def in_lanes(asks: Sequence[Ask]) -> list[Ask]:
     size = -(-len(order) // LANES)
     lanes = [order[start : start + size] for start in range(0, len(order), size or 1)]
     return [lane[k] for k in range(size) for lane in lanes if k < len(lane)]
-
-
-def messages_of(prompt: Prompt) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    return [*system, {"role": "user", "content": prompt.text}]
 
 
 def decided(headers: Mapping[str, str]) -> dict[str, Any]:

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters_registry.store import content_digest
-from eval.asking import Engine
+from eval.asking import Engine, Tell
 from eval.endpoint import Endpoint
 from eval.served import engine_id, engine_settings, random_adapters, served
 from eval.suite import Suite
 
 if TYPE_CHECKING:
     from adapters_registry.expert import Expert
-
-Tell = Callable[[str, int, int], None]
 
 
 class Unsuitable(Exception):

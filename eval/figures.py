@@ -34,11 +34,11 @@ class Parts:
     @property
     def total(self) -> Floats:
         """(S,) over all prompts at once."""
-        return _ratio(self.above.sum(axis=0), self.below.sum(axis=0))
+        return ratio(self.above.sum(axis=0), self.below.sum(axis=0))
 
     def by_task(self, draws: Draws) -> Floats:
         """(T, S)"""
-        return _ratio(*self.sums(draws.tasks, draws.count))
+        return ratio(*self.sums(draws.tasks, draws.count))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def _summed(values: Floats, units: Rows, count: int) -> Floats:
     return result
 
 
-def _ratio(above: Floats, below: Floats) -> Floats:
+def ratio(above: Floats, below: Floats) -> Floats:
+    """NaN where there is nothing below."""
     result: Floats = np.divide(above, below, out=np.full(np.shape(above), np.nan), where=np.asarray(below) > 0)
     return result
 
@@ -81,13 +82,13 @@ def _ratio(above: Floats, below: Floats) -> Floats:
 def mean(values: Floats, axis: int) -> Floats:
     """Of what is there; NaN if nothing is."""
     parts = Parts.of(values)
-    return _ratio(parts.above.sum(axis=axis), parts.below.sum(axis=axis))
+    return ratio(parts.above.sum(axis=axis), parts.below.sum(axis=axis))
 
 
 def pooled(parts: Parts, draws: Draws) -> Sampled:
     """Every prompt counts alike."""
     above, below = parts.sums(draws.of, draws.units)
-    distribution = np.concatenate([_ratio(counts @ above, counts @ below) for counts in draws])
+    distribution = np.concatenate([ratio(counts @ above, counts @ below) for counts in draws])
     return Sampled(parts.total, distribution)
 
 
@@ -95,15 +96,16 @@ def over_tasks(parts: Parts, draws: Draws, divisor: Parts | None = None) -> Samp
     """Every task counts alike: the mean over tasks of (the task's mean / the divisor's, (E, 1), if there is one)."""
 
     def told(above: Floats, below: Floats, over: Floats, under: Floats) -> Floats:
-        return _ratio(above, below) if divisor is None else _ratio(_ratio(above, below), _ratio(over, under))
+        return ratio(above, below) if divisor is None else ratio(ratio(above, below), ratio(over, under))
 
     def sums(units: Rows, count: int) -> list[Floats]:
         return [*parts.sums(units, count), *(divisor or parts).sums(units, count)]
 
-    value = mean(told(*sums(draws.tasks, draws.count)), axis=0)
+    means = told(*sums(draws.tasks, draws.count))
+    value = mean(means, axis=0)
     if draws.by_task:
-        tasks = Parts.of(told(*sums(draws.tasks, draws.count)))
-        distribution = np.concatenate([_ratio(counts @ tasks.above, counts @ tasks.below) for counts in draws])
+        tasks = Parts.of(means)
+        distribution = np.concatenate([ratio(counts @ tasks.above, counts @ tasks.below) for counts in draws])
         return Sampled(value, distribution)
     units, members = sums(draws.of, draws.units), [draws.members(task) for task in range(draws.count)]
     distribution = np.concatenate(

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import false_discovery_control, rankdata  # type: ignore[import-untyped]
 
 from eval.columns import Bools, Columns, Floats, loads
-from eval.figures import DIGITS, Parts, Sampled, gains, over_tasks, pooled, quantiles
+from eval.figures import DIGITS, Parts, Sampled, gains, over_tasks, pooled, quantiles, ratio
 from eval.intervals import Draws, flipped
 from eval.ranking import borda, kemeny, places
 from eval.records import REFERENCES, Regime, RouterInfo, Run
@@ -44,8 +44,7 @@ class Grid:
     def mean(self, values: Floats, where: Bools | None = None) -> Floats:
         there = ~np.isnan(values) if where is None else where & ~np.isnan(values)
         total, count = self.sums(values, there)
-        result: Floats = np.divide(total, count, out=np.full(self.shape, np.nan), where=count > 0)
-        return result
+        return ratio(total, count)
 
     @cached_property
     def score(self) -> Floats:
@@ -69,7 +68,7 @@ class Measured:
     @cached_property
     def oracle(self) -> Floats:
         """(E, 1) its scores in-distribution; of a run without that regime, in the first that there is."""
-        found = [Grid(self.columns.of(regime), ["oracle"]).score for regime in self.run.regimes]
+        found = (Grid(self.columns.of(regime), ["oracle"]).score for regime in self.run.regimes)
         return next((each for each in found if not np.isnan(each).all()), np.full((len(self.owned), 1), np.nan))
 
     def section(self, regime: Regime) -> Section:

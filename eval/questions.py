@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any, TypeVar
 
-from eval.asking import Ask, Reply
+from eval.asking import Ask, Reply, Tell
 from eval.cache import Cache
 from eval.examples import Example
 from eval.extra import ExtraMissing
@@ -20,7 +20,6 @@ from eval.scoring import CannotScore, Metric
 
 T = TypeVar("T")
 NOT_ASKED = "not asked"
-Tell = Callable[[str, int, int], None]
 
 CHUNK = 500  # questions whose answers are in memory at the same time
 #: What is asked first: rows that others are held against, then what takes longer to build.

@@ -8,14 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from eval.asking import Prompt
+from eval.asking import Prompt, Tell
 from eval.examples import Example
 from eval.records import TaskInfo
 from eval.rows import NoData, Row, Unreachable, rows_of
 from eval.suite import Suite, Task
 from eval.templates import BadTemplate, evaluate, render
-
-Tell = Callable[[str, int, int], None]
 
 SHOWN = 20  # bad rows of a task that are named before it is given up
 

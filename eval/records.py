@@ -34,6 +34,10 @@ REFERENCES = {
 }
 
 
+#: Before an expert's name: the row of that expert on every prompt.
+EXPERT = "expert:"
+
+
 class Record(Frozen):
     """One prompt under one router, in one regime.
 
@@ -159,7 +163,7 @@ def read_records(folder: Path) -> Iterator[Record]:
 
 
 def read_examples(folder: Path) -> Iterator[Example]:
-    """None where the prompts were not kept. Raises NotARun, with the line."""
+    """Nothing where the prompts were not kept. Raises NotARun, with the line."""
     path = folder / EXAMPLES
     return _rows(path, Example) if path.exists() else iter(())
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 from eval.deciding import Names, Planned, grouped
 from eval.examples import Example
 from eval.recipe import Recipe, uniform
-from eval.records import REFERENCES, REGIMES, Record, Regime, RouterInfo
+from eval.records import EXPERT, REFERENCES, REGIMES, Record, Regime, RouterInfo
 
 K = TypeVar("K", bound=Hashable)
 
@@ -23,8 +23,6 @@ K = TypeVar("K", bound=Hashable)
 RANDOM: Names = tuple(f"random-weights-{k}" for k in range(4))
 #: Experts that a request may name.
 MOST = 64
-#: Rows of the matrix: an expert on every prompt.
-EXPERT = "expert:"
 
 
 def infos(names: Iterable[str] = ()) -> list[RouterInfo]:

@@ -19,10 +19,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from eval.cli import progress_bar, specs_of
+from eval.cli import specs_of
 from eval.encodings import Remembering, default_folder
 from eval.prompts import Files, Prompts, read_prompts
 from eval.routing import Result, measure
+from eval.terminal import progress_bar
 from router.encoder import Backend, load_encoder
 from router.text import JOINT
 

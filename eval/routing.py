@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from adapters_registry.expert import Expert, Sample, State
 from eval import metrics
+from eval.asking import Tell
 from eval.encodings import Remembering
 from eval.intervals import RESAMPLES, Estimate, Groups, estimate
 from eval.prompts import Prompt, Prompts
@@ -34,7 +35,6 @@ from router.methods import METHODS
 from router.router import Router, RouterSettings
 from router.versions import Content, Learned
 
-Tell = Callable[[str, int, int], None]
 Flags = NDArray[np.bool_]
 
 TIMED = 200  # prompts whose decisions are timed

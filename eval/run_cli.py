@@ -8,33 +8,21 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+
+from eval.terminal import INCOMPLETE, INTERRUPTED, fail, progress_bar, say, settings_of
 
 if TYPE_CHECKING:
     from adapters_registry.expert import Expert
+    from eval.asking import Tell
     from eval.engines import Chosen
     from eval.examples import Example
-    from eval.questions import Tell
     from eval.records import Run, TaskInfo
     from eval.suite import RouterEntry, Suite
 
-BAD, INCOMPLETE, INTERRUPTED = 2, 3, 130
 UNCUT = 512  # the largest rank of an engine, where it is not known
-_out = Console(soft_wrap=True)
-_err = Console(stderr=True)
 
 
 def run(
@@ -108,12 +96,12 @@ def read(
     try:
         suite = read_suite(given, manifest=manifest)
         suite = chosen(suite, routers or (), regimes or (), limit, minutes, baseline)
-        with bars() as tell:
+        with progress_bar() as tell:
             examples, tasks = examples_of(suite, limit=limit, tasks=only, local=places(data or ()), tell=tell)
     except (BadSuite, BadData, ExtraMissing) as error:
         fail(str(error))
     for warning in suite.warnings:
-        notice(warning)
+        say(warning)
     return suite, examples, tasks
 
 
@@ -142,7 +130,7 @@ def answered(
     from router.errors import RouterError
 
     try:
-        with locked(out, suite), bars() as tell, Cache(out / CACHE, notice) as cache:
+        with locked(out, suite), progress_bar() as tell, Cache(out / CACHE, say) as cache:
             tell("looking at the experts", 0, 0)
             experts = experts_of(suite)
             answering = answerer(suite, experts, out, endpoint, api_key, engine, tell)
@@ -216,8 +204,6 @@ def chosen(
 
 def entry_of(suite: Suite, given: str) -> RouterEntry:
     """A router of the suite by its name, or a method: NAME, NAME:setting=value,... or NAME:{JSON}."""
-    from pydantic import ValidationError
-
     from eval.suite import RouterEntry
     from router.methods import METHODS
     from router.methods.gated import NAMES
@@ -225,31 +211,14 @@ def entry_of(suite: Suite, given: str) -> RouterEntry:
     known = {entry.name: entry for entry in suite.routers}
     if given in known:
         return known[given]
-    name, _, told = given.partition(":")
+    name = given.partition(":")[0]
     if name not in METHODS:
         fail(
             f"--router {given}: the suite has no such router, and there is no such method. It has: {', '.join(known)}."
         )
-    try:
-        settings = json.loads(told) if told.startswith("{") else dict(setting(each) for each in told.split(",") if each)
-        METHODS[name].Settings.model_validate(settings)
-        family = "gate" if name in NAMES else "mixture" if settings.get("top_k", 1) > 1 else "selection"
-        return RouterEntry(name=given, family=family, method=name, settings=settings)
-    except ValidationError as error:
-        fail("\n".join(f"--router {given}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
-    except ValueError as error:
-        fail(f"--router {given}: {error}; give settings as {name}:setting=value,... or {name}:{{...}} in JSON.")
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """`k=5`; values are JSON, or else text."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"'{text}' has no '='")
-    try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value.strip()
+    settings = settings_of(given)
+    family = "gate" if name in NAMES else "mixture" if settings.get("top_k", 1) > 1 else "selection"
+    return RouterEntry(name=given, family=family, method=name, settings=settings)
 
 
 def places(given: Sequence[str]) -> dict[str, Path]:
@@ -305,20 +274,21 @@ def about(suite: Suite, answering: Chosen) -> dict[str, Any]:
 
 def dry(suite: Suite, examples: Sequence[Example], tasks: Sequence[TaskInfo]) -> None:
     """What would be run."""
+    from eval.records import REFERENCES
+
     owned = sum(bool(each.owners) for each in examples)
-    rows = 7 + len(suite.routers)
+    rows = len(REFERENCES) + len(suite.routers)
     records = (
         sum(rows * (len(examples) if regime == "in-distribution" else owned) for regime in suite.regimes)
         + len(suite.experts) * owned
     )
     for info in tasks:
         left = f", {len(info.left_out)} left out" if info.left_out else ""
-        _out.print(f"{info.name}: {info.examples} examples, {info.metric}{left}", markup=False, highlight=False)
-    _out.print(
+        typer.echo(f"{info.name}: {info.examples} examples, {info.metric}{left}")
+    typer.echo(
         f"{suite.name}: {len(suite.experts)} experts of {suite.base_model.name}, {len(tasks)} tasks, {len(examples)} "
-        f"examples, {len(suite.routers)} routers and 7 references, {', '.join(suite.regimes)}: {records} records.",
-        markup=False,
-        highlight=False,
+        f"examples, {len(suite.routers)} routers and {len(REFERENCES)} references, {', '.join(suite.regimes)}: "
+        f"{records} records."
     )
 
 
@@ -334,8 +304,8 @@ def finish(out: Path, done: Run, as_json: bool) -> None:
         typer.echo(json.dumps(made.json(), indent=1, ensure_ascii=False))
     else:
         typer.echo(markdown(made))
-    with bars() as tell:
-        page = write_report(out, tell)[0]
+    with progress_bar() as tell:
+        page = write_report(out, tell, made)[0]
     say(f"The report: {page}" if page.name == HTML else f"The report: {page}. {NO_PAGE}")
     if not done.complete:
         for line in done.missing[:10]:
@@ -362,36 +332,3 @@ def locked(out: Path, suite: Suite) -> Iterator[None]:
         except OSError:
             fail(f"Another run writes to {out}: wait for it, or give another --out.")
         yield
-
-
-@contextmanager
-def bars() -> Iterator[Tell]:
-    """A bar to each step on stderr, with the time left of the one that is under way."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=_err, transient=True) as progress:
-        known: dict[str, TaskID] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if not what:
-                return
-            if what not in known:
-                for before in known.values():
-                    progress.remove_task(before)
-                known.clear()
-                known[what] = progress.add_task(escape(what), total=None)
-            progress.update(known[what], completed=done, total=total or None)
-
-        yield tell
-
-
-def notice(message: str) -> None:
-    say(message, "yellow")
-
-
-def say(message: str, style: str = "") -> None:
-    _err.print(message, style=style or None, markup=False, highlight=False, soft_wrap=True)
-
-
-def fail(message: str, code: int = BAD) -> NoReturn:
-    say(message, "red")
-    raise typer.Exit(code)

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.asking import Engine, EngineGone, Reply
+from eval.asking import Engine, EngineGone, Reply, Tell
 from eval.cache import Cache
 from eval.deciding import Planned, grouped, plan
 from eval.examples import Example
-from eval.questions import CHUNK, NOT_ASKED, Question, Questions, Tell, adapter_of, chunks, unscorable
+from eval.questions import CHUNK, NOT_ASKED, Question, Questions, adapter_of, chunks, unscorable
 from eval.recipe import Recipe
-from eval.records import ExpertInfo, Record, RouterInfo, Run, TaskInfo, write_run
-from eval.references import EXPERT, fixed, infos, scored
+from eval.records import EXPERT, ExpertInfo, Record, RouterInfo, Run, TaskInfo, write_run
+from eval.references import fixed, infos, scored
 from eval.scoring import scorers
 from eval.scoring.code import refused
 

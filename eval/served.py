@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +21,7 @@ import yaml
 
 from adapters_registry.manifest import BaseRef
 from adapters_registry.proposal import FolderSource, HubSource, Proposal
-from eval.asking import EngineGone
+from eval.asking import EngineGone, Tell
 from eval.endpoint import CONCURRENCY, Endpoint
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ ENGINE: dict[str, Any] = {"slots": 16, "resident": 64, "max_rank": 256}
 
 #: The command, whatever the PATH.
 MOERGE = (sys.executable, "-m", "serving.cli")
-
-Tell = Callable[[str, int, int], None]
 
 
 @asynccontextmanager

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval import metrics
+from eval.asking import Tell
 from eval.encodings import Remembering
 from eval.intervals import RESAMPLES, Estimate, Groups, estimate
 from eval.prompts import Prompts
-from eval.routing import Outcomes, RouterSpec, Tell, experts_of, figures_of, outcomes
+from eval.routing import Outcomes, RouterSpec, experts_of, figures_of, outcomes
 from router.decision import Candidate, Decision
 from router.router import Router, RouterSettings
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from eval.terminal import fail, out, progress_bar, say
 from router.encoder import Backend
 
 if TYPE_CHECKING:
-    from eval.intervals import Estimate
     from eval.prompts import Files, Prompts
     from eval.routing import RouterSpec
     from eval.stress import Row, Samples, Trial
@@ -61,7 +60,7 @@ def stress(
     from eval.stress import COUNTS, trials
 
     if bool(register) != bool(test):
-        cli._fail("--register and --test go together; without them the quickstart's prompts are taken.")
+        fail("--register and --test go together; without them the quickstart's prompts are taken.")
     files = Files(
         register=tuple(register or ()),
         test=tuple(test or ()),
@@ -69,21 +68,19 @@ def stress(
         fields=tuple(field or ("instance",)),
         samples=samples,
     )
-    specs = [spec for given in router or cli._default() for spec in cli.specs_of(given)]
+    specs = [spec for given in router or cli.default() for spec in cli.specs_of(given)]
     if json_file not in (None, "-"):
-        cli._writable(Path(str(json_file)))
+        cli.writable(Path(str(json_file)))
     try:
         prompts, others = _read(files, tuple(distractors or ()))
     except BadPrompts as error:
-        cli._fail(str(error))
+        fail(str(error))
     for line in cli.warnings(prompts):
-        cli._err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say(line)
     tried = trials(prompts, counts=tuple(count or COUNTS), times=times, distractors=others, seed=seed)
     rows, encoder_id = _measure(specs, prompts, tried, encoder, backend, cache, resamples, seed)
     ran = cli.ran(files, prompts, encoder_id, resamples, seed) | {
-        "distractors": [
-            {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in distractors or ()
-        ],
+        "distractors": cli.digests(distractors or ()),
         "times": times,
     }
     text = json.dumps({"rows": [row.json() for row in rows], "ran": ran}, indent=1, ensure_ascii=False)
@@ -93,9 +90,9 @@ def stress(
     if json_file:
         Path(json_file).write_text(text + "\n", encoding="utf-8")
     for spec in specs:
-        cli._out.print(table(spec.name, [row for row in rows if row.router == spec.name]))
+        out.print(table(spec.name, [row for row in rows if row.router == spec.name]))
     told = f"{len(prompts.test)} prompts, {len(prompts.ood)} out of domain; [low, high]: 95 %"
-    cli._out.print(told, markup=False, highlight=False)
+    out.print(told, markup=False, highlight=False)
 
 
 def _measure(
@@ -109,13 +106,12 @@ def _measure(
     seed: int,
 ) -> tuple[list[Row], str]:
     """The rows of every router, and the encoder's id."""
-    from eval import cli
     from eval.encodings import Remembering, default_folder
     from eval.stress import stress as measure
     from router.encoder import load_encoder
     from router.errors import RouterError
 
-    with cli.progress_bar() as tell:
+    with progress_bar() as tell:
         try:
             remembering = Remembering(load_encoder(encoder, backend=backend), default_folder() if cache else None)
             sampled = (
@@ -126,7 +122,7 @@ def _measure(
             each = partial(measure, resamples=resamples, seed=seed, tell=tell)
             return [row for spec in specs for row in each(spec, prompts, remembering, tried)], remembering.id
         except RouterError as error:
-            cli._fail(str(error))
+            fail(str(error))
 
 
 def _read(files: Files, distractors: tuple[Path, ...]) -> tuple[Prompts, Samples]:
@@ -141,15 +137,13 @@ def _read(files: Files, distractors: tuple[Path, ...]) -> tuple[Prompts, Samples
 
 def table(name: str, rows: Sequence[Row]) -> Table:
     """A row to a trial; of the control, by how much the share of rightly routed prompts changed."""
+    from eval.table_text import estimate
+
     shown = [metric for metric in rows[0].metrics if metric != "top3"]
     found = Table("trial", "experts", *shown, "routed, change", title=name)
     for row in rows:
-        cells = [_cell(row.metrics[metric], 1 if metric.endswith("_ms") else 3) for metric in shown]
-        change = _cell(row.change, 3, "+") if row.change else ""
+        cells = [estimate(row.metrics[metric], 1 if metric.endswith("_ms") else 3) for metric in shown]
+        change = estimate(row.change, sign="+")
         beside = f"{row.trial} (to: {row.control})" if row.control not in (None, "all") else row.trial
         found.add_row(beside, str(row.experts), *cells, change)
     return found
-
-
-def _cell(each: Estimate, digits: int, sign: str = "") -> str:
-    return f"{each.value:{sign}.{digits}f} [{each.low:{sign}.{digits}f}, {each.high:{sign}.{digits}f}]"

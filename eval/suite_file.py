@@ -12,7 +12,7 @@ from adapters_registry.errors import ManifestError
 from adapters_registry.lines import Unreadable, YamlFile
 from adapters_registry.manifest import Manifest, parse_manifest, read_manifest
 from eval.asking import Frozen
-from eval.records import REFERENCES, REGIMES, Regime
+from eval.records import EXPERT, REFERENCES, REGIMES, Regime
 from eval.suite import BadSuite, RouterEntry, Suite, Task
 from eval.suite_routers import routers_of
 from eval.suite_tasks import tasks_of
@@ -109,7 +109,7 @@ class _Reader:
 
     def _baseline(self, file: _File, routers: Sequence[RouterEntry], names: Sequence[str]) -> None:
         rows = [*REFERENCES, *(router.name for router in routers)]
-        if file.baseline not in rows and file.baseline not in [f"expert:{name}" for name in names]:
+        if file.baseline not in rows and file.baseline not in [f"{EXPERT}{name}" for name in names]:
             self._file.problem(("baseline",), f"there is no row '{file.baseline}'; there are: {', '.join(rows)}")
 
     def _unlikely(self, file: _File, manifest: Manifest, tasks: Sequence[Task]) -> list[str]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from adapters_registry.lines import Where, YamlFile
 from eval.expanding import expansions, filled
-from eval.records import REFERENCES, Regime
+from eval.records import EXPERT, REFERENCES, Regime
 from eval.suite import Blend, RouterEntry
 from eval.templates import BadTemplate
 from router.blending import OPERATORS
@@ -37,7 +37,7 @@ def routers_of(
             entry = reader.router(rest, each)
             if entry is None:
                 continue
-            if entry.name in REFERENCES or entry.name.startswith("expert:"):
+            if entry.name in REFERENCES or entry.name.startswith(EXPERT):
                 reader.problem(("name",), f"'{entry.name}' is a row that every run has; call it something else")
             if entry.name in seen:
                 reader.problem(("name",), f"there are two routers called '{entry.name}'")

@@ -71,10 +71,10 @@ def table(
     wanted = np.array([slice_.holds(example) for example in columns.examples], bool)
     if slice_.terms and not wanted.any():
         raise BadSlice(f"No example is in the slice {slice_.text}. {_what_there_is(columns)}")
-    whole = _table(run, columns.about(wanted), slice_, baseline or run.baseline, resamples, seed)
+    kept = columns.about(wanted)
+    whole = _table(run, kept, slice_, baseline or run.baseline, resamples, seed)
     if by is None:
         return whole
-    kept = columns.about(wanted)
     parts = {}
     for each in slices(by, kept.examples):
         inner = Where.parse([each])

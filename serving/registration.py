@@ -16,9 +16,11 @@ from adapters_registry.proposal import HubSource, Proposal
 from adapters_registry.prototypes import prototypes_of
 from router.encoder import Vectors
 from router.takeover import Takeover, takeover
+from router.triggers import Step
 from serving import metrics
 from serving.engine import AdapterLoadFailed, EngineUnavailable
 from serving.internal import post
+from serving.neutral import NEUTRAL
 from serving.recipes import expert_adapter
 from serving.service import Service
 
@@ -27,9 +29,6 @@ Progress = Callable[[str, float], None]
 
 #: Samples that the behaviour check asks, characters read of each, and tokens it compares.
 PROBES, PROBE_CHARS, PROBE_TOKENS = 4, 500, 8
-#: What the check asks of an expert that came without samples.
-NEUTRAL = ("Hello, who are you?", "Write one sentence about the sea.", "2 + 2 =", "Name three colours.")
-
 #: What the first expert takes.
 NOTHING_TAKEN = Takeover((), 0, 0.0, 0.0)
 
@@ -130,7 +129,7 @@ async def behaviour(service: Service, expert: Expert) -> Check:
     The figure is the largest change of a next-token log-probability (nats) over a few samples and tokens, as far
     as both say the same. Raises ExpertRefused when the engine does not take the adapter.
     """
-    prompts = [sample.prompt[:PROBE_CHARS] for sample in expert.samples[:PROBES]] or list(NEUTRAL)
+    prompts = [sample.prompt[:PROBE_CHARS] for sample in expert.samples[:PROBES]] or list(NEUTRAL[:PROBES])
     adapter, limit = expert_adapter(expert), service.settings.registry.min_effect
     try:
         async with service.residency.lease(adapter):
@@ -159,9 +158,6 @@ def confusion(service: Service, expert: Expert, prototypes: Vectors) -> Check:
     if not (passed := found.value <= limit):
         detail += f"; more than {limit:.0%} of two that are unlike each other is a takeover"
     return Check(name="takeover", passed=passed, value=found.value, limit=limit, detail=detail)
-
-
-Step = tuple[str, dict[str, float]]
 
 
 async def ask(service: Service, model: str, prompt: str) -> list[Step]:

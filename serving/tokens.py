@@ -16,7 +16,7 @@ async def in_words(service: Service, body: dict[str, Any]) -> dict[str, Any]:
     ids = token_ids(body.get("prompt"))
     if not ids:
         return body
-    budget = service.settings.router.budget  # characters, and a token has one or more
+    budget = service.settings.router.budget  # characters, and a token has about one or more
     asked = {"model": service.engine.base_model, "tokens": ids[:budget] + ids[budget:][-budget:]}
     response = await post(service.engine, "/detokenize", asked)
     return {**body, "prompt": response.json()["prompt"]} if response.status_code == 200 else body

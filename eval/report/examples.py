@@ -54,7 +54,7 @@ class Losses:
 
 
 class Oracle:
-    """What the oracle answered, by regime, seed and example; another seed's where it has only one."""
+    """What the oracle answered, by regime and example: its first record with a score."""
 
     def __init__(self) -> None:
         self._answers: dict[tuple[Regime, str], Answer] = {}

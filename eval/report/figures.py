@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.figures import ratio
 from eval.measuring import UNBOUNDED
-from eval.records import Record, Regime, Run, TaskInfo
+from eval.records import EXPERT, Record, Regime, Run, TaskInfo
 
 Floats = NDArray[np.float64]
 
 BASE = "base model"  # no expert's name has a space
-EXPERT = "expert:"
 POINTS = 60  # of a curve
 
 
@@ -111,12 +111,12 @@ class Tally:
 
     def matrix(self) -> Grid:
         """Mean score of every expert, and of the base model, on every task that has one."""
-        return self._grid(_ratio(self._scores, self._scored), lambda task: bool(task.owners))
+        return self._grid(ratio(self._scores, self._scored), lambda task: bool(task.owners))
 
     def confusion(self, router: str) -> Grid:
         """In-distribution: of each task's prompts the share that each expert answered; a blend's share by weights."""
         answered = self._answered[router]
-        return self._grid(_ratio(answered, answered.sum(axis=1, keepdims=True)), lambda task: True)
+        return self._grid(ratio(answered, answered.sum(axis=1, keepdims=True)), lambda task: True)
 
     def abstention(self, regime: Regime, router: str) -> Curve | None:
         return self._sure[regime, router].curve() if (regime, router) in self._sure else None
@@ -164,13 +164,6 @@ class _Sure:
         ends = np.append(ends, ends[-1])
         means = np.cumsum(scores)[ends] / (ends + 1)
         return Curve(_rounded((ends + 1) / self.asked), _rounded(means), _rounded(accepted) if self.strangers else ())
-
-
-def _ratio(above: Floats, below: Floats) -> Floats:
-    result: Floats = np.divide(
-        above, below, out=np.full(above.shape, np.nan), where=np.broadcast_to(below > 0, above.shape)
-    )
-    return result
 
 
 def _rounded(values: Iterable[float]) -> tuple[float, ...]:

@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from eval.asking import Tell
+from eval.measuring import KNOW
 from eval.records import Run
 from eval.report.drawing import SERIES
 from eval.report.figures import Gates, Grid, Tally, gates
@@ -20,9 +22,6 @@ from eval.table import Table
 CONFUSIONS = 16  # routers whose confusion is drawn
 STRIPS, TOKENS = 16, 400  # prompts, and tokens of each, whose experts are drawn
 LACKS = "† lacks samples: see the table."
-KNOW = ("oracle", "best-per-query")  # rows that could not be served: they know what is right
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

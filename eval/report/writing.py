@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from eval.asking import Tell
 from eval.columns import columns_of
 from eval.extra import ExtraMissing, extra
 from eval.records import Record, Run, read_examples, read_records, read_run
-from eval.report import CSV, HTML, JSON, MARKDOWN, Tell
+from eval.report import CSV, HTML, JSON, MARKDOWN
 from eval.report.examples import Losses, Oracle, losses
 from eval.report.figures import Tally, gates
 from eval.report.gallery import best, confusions, drawn
@@ -21,10 +23,15 @@ from eval.table_text import csv_text, markdown
 EVERY = 500  # records between two signs of life
 
 
-def write(folder: Path, tell: Tell) -> list[Path]:
+def write(folder: Path, tell: Tell, made: Table | None = None) -> list[Path]:
     run = read_run(folder)
     tally, oracle = Tally(run), Oracle()
-    told = table(run, columns_of(_noticed(_counted(read_records(folder), run, "reading", tell), tally, oracle)))
+    records = _noticed(_counted(read_records(folder), run, "reading", tell), tally, oracle)
+    if made is None:
+        told = table(run, columns_of(records))
+    else:
+        told = made
+        deque(records, maxlen=0)
     routers = [info.name for info in run.routers if info.kind == "router"]
     examples = {example.id: example for example in read_examples(folder)}
     lost = losses(_counted(read_records(folder), run, "reading again", tell), oracle, routers, examples)

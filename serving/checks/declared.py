@@ -17,13 +17,14 @@ FEWEST_SAMPLES = 10
 def declared(version: Expert, base: BaseSpec) -> Section:
     """The figure is how many things are missing or other than declared."""
     adapter = Adapter(version.path)
-    problems = [*_missing(version), *_other(version, adapter, base)]
+    rank = true_rank(adapter)
+    problems = [*_missing(version), *_other(version, adapter, base, rank)]
     said = adapter.config.base_model_name_or_path or "not said"
     answers = sum(sample.answer is not None for sample in version.samples)
     modules = ", ".join(sorted({module.rsplit(".", 1)[-1] for module in adapter.modules}))
     rows: tuple[dict[str, Cell], ...] = (
         {"what": "base model", "declared": said, "measured": base.name},
-        {"what": "rank", "declared": adapter.config.r, "measured": true_rank(adapter)},
+        {"what": "rank", "declared": adapter.config.r, "measured": rank},
         {"what": "modules", "declared": ", ".join(version.target_modules), "measured": modules},
         {"what": "samples, with answers", "declared": len(version.samples), "measured": answers},
     )
@@ -52,11 +53,11 @@ def _missing(version: Expert) -> Iterator[str]:
         yield "no sample has an answer"
 
 
-def _other(version: Expert, adapter: Adapter, base: BaseSpec) -> Iterator[str]:
+def _other(version: Expert, adapter: Adapter, base: BaseSpec, rank: int) -> Iterator[str]:
     said = adapter.config.base_model_name_or_path
     if said and "/" in said and not said.startswith(("/", ".")) and said.casefold() not in base.accepted:
         yield f"made for '{said}', which is not among the names of '{base.name}'"
-    if (rank := true_rank(adapter)) < adapter.config.r and rank < version.rank:
+    if rank < adapter.config.r and rank < version.rank:
         yield f"rank {version.rank} declared, {rank} used"
 
 

@@ -136,20 +136,18 @@ class Checks:
         """Who answers what exactly: on its own samples, and on those that would move to it."""
         settings, asker = self._service.settings.checks, Asker(self._service)
         samples = [sample for sample in version.samples if sample.answer is not None][: settings.samples]
-        names = await asyncio.to_thread(self._answer_now, version, samples)
         serving = peers if active is None else {**peers, active.name: active}
-        own = OwnTask(version, active, samples, [None if name is None else serving.get(name) for name in names])
+        names = await asyncio.to_thread(self._answer_now, version, samples, list(serving))
+        own = OwnTask(version, active, samples, [None if name is None else serving[name] for name in names])
         regression = Regression.of(version, joined, peers)
         questions = [(who, Question.of(sample)) for who, sample in (*own.pairs(), *regression.pairs())]
         await asker.ask(questions, lambda done: progress("ask", done))
         return own.section(asker.score, settings.min_gain), regression.section(asker.score, settings.max_regression)
 
-    def _answer_now(self, version: Expert, samples: Sequence[Sample]) -> list[str | None]:
-        """Whom the router sends each of these without this version; of several the first, None: nobody. Blocks."""
-        router, library = self._service.router, self._service.router.library
-        assert library is not None
-        others = [expert.name for expert in library.experts if expert.id != version.id]
-        decisions = (router.route_sync(each.prompt, tenant=version.owner, allowed=others) for each in samples)
+    def _answer_now(self, version: Expert, samples: Sequence[Sample], serving: Sequence[str]) -> list[str | None]:
+        """Which of those that serve now the router sends each to; of several the first, None: nobody. Blocks."""
+        router = self._service.router
+        decisions = (router.route_sync(each.prompt, tenant=version.owner, allowed=serving) for each in samples)
         return [each.experts[0].expert if each.experts else None for each in decisions]
 
     async def _neutral(self, version: Expert, peers: Sequence[Expert], tell: Callable[[float], None]) -> Section:

@@ -40,7 +40,9 @@ def check(
         if stored:
             report = answer(http.get(path, params=params))
         else:
-            report = follow(http, path, "check", quiet=as_json, params=params)
+            report = follow(
+                http, path, "check", quiet=as_json, shown=f"moerge expert check {name} --stored", params=params
+            )
     if as_json:
         print_json(report)
     else:

@@ -60,8 +60,10 @@ def answer(response: httpx.Response) -> Any:
     fail(str(error["message"]) if isinstance(error, dict) else f"{response.status_code}: {response.text:.500}")
 
 
-def follow(http: httpx.Client, path: str, outcome: str, *, quiet: bool, **request: Any) -> dict[str, Any]:
+def follow(http: httpx.Client, path: str, outcome: str, *, quiet: bool, shown: str, **request: Any) -> dict[str, Any]:
     """POST what takes its time and show its progress; gives the data of the event `outcome`.
+
+    `shown` is the command that shows it, too.
 
     Ends the command when it is refused.
     """
@@ -92,4 +94,4 @@ def follow(http: httpx.Client, path: str, outcome: str, *, quiet: bool, **reques
                 else:
                     progress.stop()
                     fail(data["error"]["message"])
-    return fail("The server closed the connection before it was done; `moerge expert list` shows what it has.")
+    return fail(f"The server closed the connection before it was done; `{shown}` shows what it has.")

@@ -76,7 +76,7 @@ def add(
                 fail(f"{folder} is not a PEFT folder: it has none of {', '.join(KEPT)}.")
             opened = [("files", (path.name, stack.enter_context(path.open("rb")))) for path in files]
             request = {"files": opened, "data": {"expert": json.dumps(about)}}
-        expert = follow(http, "/v1/experts", "expert", quiet=as_json, **request)
+        expert = follow(http, "/v1/experts", "expert", quiet=as_json, shown="moerge expert list", **request)
     if as_json:
         print_json(expert)
     else:

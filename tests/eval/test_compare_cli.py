@@ -22,7 +22,7 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr("eval.compare_cli._out.width", 300)
+    monkeypatch.setattr("eval.compare_cli.out._width", 300)
     return lambda *args: CliRunner().invoke(app, [*map(str, args)], catch_exceptions=False)
 
 
@@ -54,7 +54,7 @@ def test_a_narrow_terminal_has_the_columns_beneath_each_other(
 ) -> None:
     folder = make_run()
     wide = table(folder, "--where", "regime=ood").stdout
-    monkeypatch.setattr("eval.compare_cli._out.width", 60)
+    monkeypatch.setattr("eval.compare_cli.out._width", 60)
     narrow = table(folder, "--where", "regime=ood").stdout
     assert wide.count("best-per-query") == 1
     assert narrow.count("best-per-query") > 2

@@ -14,7 +14,11 @@ from eval.scoring.code import refused
 from eval.scoring.confine import DONE
 from eval.scoring.sandbox import Limits, passes, run, unprotected
 
-pytestmark = pytest.mark.skipif(sandbox.walls() is None, reason="programs of a model cannot be run safely here")
+
+@pytest.fixture(autouse=True)
+def works() -> None:
+    if (why := sandbox.unusable()) is not None:
+        pytest.skip(why)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def test_files_elsewhere_are_out_of_its_reach(tmp_path):
 
 def test_the_network_is_out_of_its_reach():
     if "use the network" in unprotected():
-        pytest.skip("neither user namespaces nor Landlock's rules for TCP")
+        pytest.skip("neither `unshare` works here nor does this kernel's Landlock have rules for TCP")
     with socket.create_server(("127.0.0.1", 0)) as server:
         reach = f"socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5)"
         assert run(f"import socket\ntry:\n    {reach}\nexcept OSError: pass\nelse: raise SystemExit(1)") == DONE
@@ -116,7 +120,7 @@ def test_the_network_is_out_of_its_reach():
 
 def test_other_processes_are_out_of_its_reach():
     if "signal this user's other processes" in unprotected():
-        pytest.skip("neither user namespaces nor Landlock's scopes")
+        pytest.skip("neither `unshare` works here nor does this kernel's Landlock have scopes")
     assert (
         run(f"import os\ntry:\n    os.kill({os.getpid()}, 0)\nexcept OSError: pass\nelse: raise SystemExit(1)") == DONE
     )
@@ -148,7 +152,7 @@ def test_where_nothing_is_safe_nothing_runs(monkeypatch):
 def test_processes_are_limited_behind_every_wall(wall):
     candidates = sandbox.candidates()
     if sandbox._run("", Limits(), candidates[wall]) != DONE:
-        pytest.skip("this wall does not stand here")
+        pytest.skip(f"`{' '.join(candidates[wall])}` does not work here")
     assert sandbox._run("import os\nos.fork()", Limits(), candidates[wall]) == 1
 
 

@@ -31,7 +31,6 @@ class Endpoint:
     """An `eval.asking.Engine` behind `url` (`http://host:port/v1`).
 
     base         what the endpoint calls the base model
-    engine_id    tells endpoints apart whose answers differ; its URL and the base model when not given
     concurrency  questions in flight
     """
 
@@ -41,12 +40,11 @@ class Endpoint:
         api_key: str | None = None,
         *,
         base: str,
-        engine_id: str | None = None,
         concurrency: int = CONCURRENCY,
         retries: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        self.id = engine_id or f"{url} {base}"
+        self.id = f"{url} {base}"
         self._base = base
         self._concurrency = concurrency
         self._url, self._api_key, self._timeout = url, api_key, timeout

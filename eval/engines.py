@@ -51,7 +51,7 @@ def own_server(suite: Suite, experts: Sequence[Expert], folder: Path, tell: Tell
             yield endpoint
 
     return Chosen(
-        id=engine_id(suite.base_model, settings),
+        id=engine_id(suite.base_model, settings, experts),
         open=open_it,
         random={name: content_digest(path) for name, path in random.items()},
         folders=random,

@@ -69,7 +69,7 @@ def run(
         if dry_run:
             dry(found, examples, tasks)
             return
-        told = {"limit": found.limit if limit is None else limit, "only": list(task or ())}
+        told = {"limit": found.limit, "only": list(task or ())}
         done = answered(found, examples, tasks, out, endpoint, api_key, engine, allow_code, told)
         finish(out, done, as_json)
     except KeyboardInterrupt:
@@ -178,7 +178,7 @@ def chosen(
     baseline: str | None,
 ) -> Suite:
     """The suite with what the options say. Ends the command for what there is not."""
-    from eval.records import REFERENCES, REGIMES
+    from eval.records import EXPERT, REFERENCES, REGIMES
 
     changes: dict[str, Any] = {}
     if routers:
@@ -195,6 +195,7 @@ def chosen(
     if minutes:
         changes["minutes"] = minutes
     rows = [*REFERENCES, *(each.name for each in changes.get("routers", suite.routers))]
+    rows += [f"{EXPERT}{name}" for name in suite.names]
     if baseline is not None and baseline not in rows:
         fail(f"--baseline {baseline}: there is no such row. There are: {', '.join(rows)}.")
     if baseline is not None or suite.baseline not in rows:

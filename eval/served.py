@@ -66,7 +66,6 @@ async def served(
         async with Endpoint(
             f"http://127.0.0.1:{port}/v1",
             base=suite.base_model.name,
-            engine_id=engine_id(suite.base_model, engine),
             concurrency=concurrency,
         ) as endpoint:
             yield endpoint
@@ -108,9 +107,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def engine_id(base: BaseRef, engine: Mapping[str, Any]) -> str:
-    """Of all that answers depend on beside the experts: the base model, the engine's settings and version."""
-    told = {"base": fingerprint(base), "engine": dict(engine), "versions": versions()}
+def engine_id(base: BaseRef, engine: Mapping[str, Any], experts: Sequence[Expert] = ()) -> str:
+    """Of all that answers depend on beside adapters: the base model, the engine's settings and version, and the
+    experts' samples, which statistics are measured on.
+    """
+    samples = {each.name: [sample.model_dump() for sample in each.samples] for each in experts}
+    told = {"base": [fingerprint(base), base.dtype], "engine": dict(engine), "versions": versions(), "samples": samples}
     return "served " + hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 

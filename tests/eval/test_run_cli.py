@@ -149,6 +149,7 @@ def test_a_dry_run_says_what_would_be_run_and_touches_nothing(suite, tmp_path):
         (("--router", "retrieval:what"), "has no '='"),
         (("--regime", "elsewhere"), "no such regime"),
         (("--baseline", "nobody"), "there is no such row"),
+        (("--baseline", "expert:nobody"), "there is no such row"),
         (("--task", "nobody"), "there is no task 'nobody'"),
         (("--data", "here"), "give NAME=PATH"),
         (("--engine", "peft", "--endpoint", "http://x"), "give only one"),

@@ -72,6 +72,7 @@ def test_answers_of_another_base_model_or_another_engine_are_others(suite, tmp_p
     assert engine_id(base("1"), {"max_rank": 64}) == first
     assert engine_id(base("1"), {"max_rank": 128}) != first
     assert engine_id(base("2"), {"max_rank": 64}) != first
+    assert engine_id(base("1").model_copy(update={"dtype": "bfloat16"}), {"max_rank": 64}) != first
 
 
 def test_adapters_with_random_weights_are_of_experts_all_over_the_suite(suite, tmp_path):
